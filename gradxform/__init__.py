@@ -1,0 +1,48 @@
+"""gradxform: composable gradient transformations for JAX.
+
+Every optimizer is θ ← θ − α·∇L with one idea added; each idea is one transformation, and `chain` makes
+whole optimizers of them.
+"""
+
+# Optimizers
+from gradxform.optimizers.adagrad import adagrad as adagrad
+from gradxform.optimizers.adam import adam as adam
+from gradxform.optimizers.adam import adam_l2 as adam_l2
+from gradxform.optimizers.adam import adamw as adamw
+from gradxform.optimizers.momentum import momentum as momentum
+from gradxform.optimizers.rmsprop import rmsprop as rmsprop
+from gradxform.optimizers.sgd import sgd as sgd
+
+# Transformations
+from gradxform.transforms.accumulation import AccumulateState as AccumulateState
+from gradxform.transforms.accumulation import accumulate as accumulate
+from gradxform.transforms.clipping import clip_by_global_norm as clip_by_global_norm
+from gradxform.transforms.clipping import clip_by_leaf_norm as clip_by_leaf_norm
+from gradxform.transforms.clipping import clip_by_value as clip_by_value
+from gradxform.transforms.momentum import bias_correction as bias_correction
+from gradxform.transforms.momentum import scale_by_momentum as scale_by_momentum
+from gradxform.transforms.normalization import normalize_by_rms as normalize_by_rms
+from gradxform.transforms.normalization import normalize_by_rss as normalize_by_rss
+from gradxform.transforms.scaling import scale as scale
+from gradxform.transforms.scaling import scale_by_learning_rate as scale_by_learning_rate
+from gradxform.transforms.scaling import scale_by_schedule as scale_by_schedule
+from gradxform.transforms.weight_decay import add_decoupled_weight_decay as add_decoupled_weight_decay
+from gradxform.transforms.weight_decay import add_l2_regularization as add_l2_regularization
+
+# Composition, and what a training loop needs
+from gradxform.core.apply import apply_updates as apply_updates
+from gradxform.core.hyperparameters import live as live
+from gradxform.core.lift import Transformation as Transformation
+from gradxform.core.lift import chain as chain
+from gradxform.core.lift import identity as identity
+from gradxform.core.state import get_hyperparams as get_hyperparams
+from gradxform.core.state import set_hyperparams as set_hyperparams
+
+# Your own transformation
+from gradxform.core.hyperparameters import fraction as fraction
+from gradxform.core.hyperparameters import non_negative as non_negative
+from gradxform.core.hyperparameters import positive as positive
+from gradxform.core.lift import lift as lift
+from gradxform.core.rules import Slots as Slots
+from gradxform.core.rules import Step as Step
+from gradxform.core.rules import no_slots as no_slots

@@ -1,0 +1,219 @@
+"""Numbers that steer an optimizer: constants, arrays, schedules and live values, checked by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradxform.core import trees
+
+Schedule: TypeAlias = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of real numbers, e.g. ``[0, 1)``."""
+
+    low: float
+    high: float
+    closed_low: bool = True
+    closed_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, float)
+        above = value >= self.low if self.closed_low else value > self.low
+        below = value <= self.high if self.closed_high else value < self.high
+        return above and below
+
+    def __str__(self) -> str:
+        left, right = "[" if self.closed_low else "(", "]" if self.closed_high else ")"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+FINITE = Range(-math.inf, math.inf, closed_low=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Live:
+    """A value that lives in the state; made by `live`."""
+
+    value: Any
+
+    def __repr__(self) -> str:
+        return f"live({_show(self.value)})"
+
+
+def live(value: float | jax.Array) -> Live:
+    """Mark a hyperparameter as settable in the state: no recompilation, and vmappable.
+
+    The number moves into ``state.hyperparams``; every step reads it there, and
+    `set_hyperparams` replaces it.
+
+    Args:
+      value: The first value, a number or a 0-d array.
+
+    Raises:
+      TypeError: if ``value`` is a schedule or not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.sgd(gx.live(0.1))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> state = gx.set_hyperparams(state, learning_rate=0.5)
+      >>> updates, state = tx.update(jnp.ones(2), state)
+      >>> print(updates)
+      [-0.5 -0.5]
+    """
+    return Live(_number("live(value)", value))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hyperparameter:
+    """A value, the range it must lie in, and the name under which users know it.
+
+    Equality is by value for constants and by identity for arrays, schedules and live values, so an
+    optimizer rebuilt from the same numbers is the same optimizer.
+    """
+
+    value: float | jax.Array | Schedule | Live
+    within: Range = FINITE
+    name: str | None = None
+
+    def named(self, name: str) -> Hyperparameter:
+        """The same value, checked, under the name it already has or else under `name`."""
+        name = self.name or name
+        value = self.value
+        if isinstance(value, Live):
+            self._check(name, value.value)
+        elif not callable(value):
+            value = _number(name, value)
+            self._check(name, value)
+        return Hyperparameter(value, self.within, name)
+
+    def _check(self, name: str, value: Any) -> None:
+        check_range(name, value, self.within)
+
+    @property
+    def constant(self) -> bool:
+        return isinstance(self.value, float)
+
+    @property
+    def visible(self) -> bool:
+        """Whether the state's `hyperparams` shows it."""
+        return self.name == "learning_rate" or callable(self.value) or isinstance(self.value, Live)
+
+    def _key(self) -> tuple[Any, ...]:
+        if self.constant:
+            return (self.value,)
+        return (self.name, id(self.value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hyperparameter) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return _show(self.value)
+
+
+Numeric: TypeAlias = float | jax.Array | np.ndarray | np.number | Schedule | Live | Hyperparameter
+
+
+def ranged(value: Numeric, within: Range, name: str | None = None) -> Hyperparameter:
+    """`value` with its range; `name` is what users call it where that differs from the argument."""
+    return value if isinstance(value, Hyperparameter) else Hyperparameter(value, within, name)  # pyright: ignore[reportArgumentType] (numpy scalars become floats in `named`)
+
+
+def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
+    """A hyperparameter in [0, 1)."""
+    return ranged(value, Range(0.0, 1.0), name)
+
+
+def non_negative(value: Numeric, name: str | None = None) -> Hyperparameter:
+    """A hyperparameter in [0, inf)."""
+    return ranged(value, Range(0.0, math.inf), name)
+
+
+def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
+    """A hyperparameter in (0, inf)."""
+    return ranged(value, Range(0.0, math.inf, closed_low=False), name)
+
+
+def non_negative_number(name: str, value: object) -> float:
+    """A plain number in [0, inf), for what is fixed at construction."""
+    number = _number(name, value)
+    check_range(name, number, Range(0.0, math.inf))
+    return float(number)
+
+
+def check_range(name: str, value: Any, within: Range) -> None:
+    """Raise if a concrete `value` lies outside `within`; tracers pass."""
+    if trees.concrete(value) and not all(x in within for x in np.ravel(value).astype(float).tolist()):
+        raise ValueError(f"{name} must be in {within}, got {value}")
+
+
+def count_of(name: str, value: object) -> int:
+    """A whole number of at least 1, such as ``every=``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def evaluate(parameter: Hyperparameter, stored: Mapping[str, jax.Array], name: str, count: Any) -> Any:
+    """This step's value: a float for a constant, else a 0-d array of at least float32."""
+    value = parameter.value
+    if isinstance(value, float):
+        return value
+    if isinstance(value, Live):
+        value = stored[name] if name in stored else value.value
+    elif callable(value):
+        value = _scalar(f"the schedule for {name}", value(count))
+    return jnp.asarray(value, dtype=visible_dtype())
+
+
+def visible_dtype() -> np.dtype[Any]:
+    """The dtype of the values shown in the state: float32, or float64 under x64."""
+    return np.dtype(jnp.result_type(float))
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """`value` if it is one real number or a tracer of one."""
+    shape, dtype = trees.aval(value)
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, a 0-d array or a schedule, got {_describe(value)}")
+    if shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {shape}")
+    if isinstance(value, jax.Array) and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"{name} arrives as {dtype}, which rounds 0.999 to 1; pass a Python number or at least float32 "
+            "(optax.inject_hyperparams takes hyperparam_dtype=jnp.float32; gx.live needs nothing)"
+        )
+    return value
+
+
+def _number(name: str, value: Any) -> float | jax.Array:
+    """`value` as a Python float, or as the array or tracer it is."""
+    if callable(value) or isinstance(value, Live):
+        raise TypeError(f"{name} must be a number or a 0-d array, got {_describe(value)}")
+    _scalar(name, value)
+    return value if isinstance(value, jax.Array) else float(value)
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}" if not isinstance(value, jax.Array) else str(jax.typeof(value))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return f"Array({jax.typeof(value)})"
+    return getattr(value, "__qualname__", repr(value)) if callable(value) else repr(value)

@@ -1,0 +1,189 @@
+"""The public face of the machinery: `lift` makes a transformation of a rule, `chain` composes transformations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import optax
+
+from gradxform.core import trees
+from gradxform.core.hyperparameters import Hyperparameter, Live
+from gradxform.core.masks import MaskLike, mask_of
+from gradxform.core.program import Foreign, Program, Stage
+from gradxform.core.rules import Array, Branch, Rule, Slots, Step
+
+
+class Body(Protocol):
+    """What a transformation does: pure, hashable, comparable, and with a `repr` that reads like the call."""
+
+    def init(self, params: Any) -> Any: ...
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """``init(params) -> state``; equal if the transformations are."""
+
+    body: Body
+
+    def __call__(self, params: Any) -> Any:
+        return self.body.init(params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """``update(updates, state, params=None, **extra_args) -> (updates, state)``; equal if the transformations are."""
+
+    body: Body
+
+    def __call__(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return self.body.update(updates, state, params, **extra_args)
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """A pure ``(init, update)`` pair: ``update(updates, state, params=None, **extra_args)``.
+
+    Every transformation of this library is one, and it is an `optax.GradientTransformationExtraArgs`, so
+    it goes wherever optax's do. Two are equal if they were built from the same functions and numbers;
+    `repr` shows the composition.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, body: Body) -> Transformation:
+        """The pair that does what `body` does."""
+        return cls(Init(body), Update(body))
+
+    @property
+    def body(self) -> Body:
+        return self.update.body  # pyright: ignore[reportFunctionMemberAccess] (`update` is always an Update)
+
+    def __repr__(self) -> str:
+        return repr(self.body)
+
+
+def chain(*transformations: optax.GradientTransformation) -> Transformation:
+    """u ← tₙ(… t₂(t₁(g))): apply transformations one after the other, as one.
+
+    Neighbouring transformations of this library become one pass over the tree with one ``count`` and one
+    ``hyperparams``; other ``(init, update)`` pairs, such as optax's, run between them on whole trees and
+    keep their state in the field ``inner``. `chain` is associative and `identity` is its unit.
+
+    Args:
+      *transformations: Any number of ``(init, update)`` pairs.
+
+    Raises:
+      TypeError: if an argument is no such pair.
+
+    Example:
+      >>> import gradxform as gx
+      >>> gx.chain(gx.clip_by_global_norm(1.0), gx.scale_by_learning_rate(0.1))
+      chain(clip_by_global_norm(1.0), scale_by_learning_rate(0.1))
+    """
+    return Transformation.of(Program(tuple(s for i, tx in enumerate(transformations) for s in _stages(i, tx))))
+
+
+def identity() -> Transformation:
+    """u ← u: the unit of `chain`.
+
+    Example:
+      >>> import gradxform as gx
+      >>> gx.chain(gx.identity(), gx.scale(2.0)) == gx.scale(2.0)
+      True
+    """
+    return chain()
+
+
+def lift(
+    init: Callable[[Array], Slots],
+    update: Callable[[Array, Slots, Array | None, Step], tuple[Array, Slots]],
+    *,
+    constructor: Callable[..., Any] | None = None,
+    prepare: Callable[[Step], Mapping[str, Any]] | None = None,
+    measure: Callable[[Array, Step], Mapping[str, Any]] | None = None,
+    gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None,
+    mask: MaskLike | None = None,
+    needs_params: bool = False,
+    state_dtype: Any = None,
+    **arguments: Any,
+) -> Transformation:
+    """(u, s) ← update(u, s, θ, step) on every array of a tree: make a transformation of a rule for one array.
+
+    The rule sees one array at a time, in at least float32, and gets all of this for it: any tree, checks
+    with the leaf's name, low-precision parameters, a state whose signature never changes, schedules and
+    live values, fusion with its neighbours in a `chain`, one trace per shape.
+
+    Args:
+      init: ``init(param)`` gives the state for one array, a dict of arrays by name; `no_slots` if there is
+        none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment.
+      update: ``update(update, state, param, step)`` gives the new update, of the same shape, and the new
+        state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
+        update; ``step.<name>`` is the current value of an argument.
+      prepare: ``prepare(step)`` gives scalars that are computed once per step, as further ``step.<name>``.
+      measure: ``measure(update, step)`` gives scalars of one array, for a rule that must see every leaf.
+      gather: ``gather(measured, step)`` turns them, stacked over the leaves, into further ``step.<name>``.
+      mask: Which leaves the rule acts on: a tree of booleans (or a prefix of one), a callable
+        ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
+      needs_params: Whether `update` reads ``param``.
+      constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
+        at their defaults are left out. Default: the function in which `update` is defined.
+      state_dtype: A floating-point dtype that the state is kept in; default that of the arithmetic.
+      **arguments: What the rule reads from ``step``. Numbers, 0-d arrays, schedules and `live` values are
+        hyperparameters; strings, booleans and None are fixed options; a transformation is a branch, which
+        the rule calls as ``direction, new = step.of(update, state["of"], param)`` if it is named ``of``.
+
+    Raises:
+      TypeError, ValueError: if an argument is no number or branch, or out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> def scale_by_sign(floor: float) -> gx.Transformation:
+      ...     def update(update, state, param, step):
+      ...         return jnp.where(jnp.abs(update) > step.floor, jnp.sign(update), 0), state
+      ...     return gx.lift(gx.no_slots, update, floor=floor)
+      >>> tx = scale_by_sign(0.5)
+      >>> tx
+      scale_by_sign(0.5)
+      >>> print(tx.update(jnp.array([3.0, -1.0, 0.2]), tx.init(jnp.zeros(3)))[0])
+      [ 1. -1.  0.]
+    """
+    if (measure is None) != (gather is None):
+        raise TypeError("measure and gather go together: give both or neither")
+    name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
+    if state_dtype is not None and not trees.trainable(state_dtype := np.dtype(state_dtype)):
+        raise TypeError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
+    rule = Rule(
+        name, constructor, init, update, prepare, measure, gather, mask_of(mask), needs_params, state_dtype,
+        tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
+    )  # fmt: skip
+    return Transformation.of(Program((rule,)))
+
+
+def _argument(rule: str, key: str, value: Any) -> Any:
+    if isinstance(value, optax.GradientTransformation):
+        stages = _stages(0, value)
+        for stage in stages:
+            if isinstance(stage, Foreign) or stage.measure:
+                raise TypeError(
+                    f"{key} of {rule} must be made of transformations that act on one array at a time; "
+                    f"put {stage!r} beside {rule} in the chain"
+                )
+        return Branch(tuple(stage for stage in stages if isinstance(stage, Rule)))
+    if value is None or isinstance(value, bool | str):
+        return value
+    parameter = value if isinstance(value, Hyperparameter) else Hyperparameter(value)
+    return parameter.named(key)
+
+
+def _stages(position: int, tx: Any) -> tuple[Stage, ...]:
+    if isinstance(tx, Transformation) and isinstance(tx.body, Program):
+        return tx.body.stages
+    if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
+        pair = tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx)
+        return (Foreign(optax.with_extra_args_support(pair)),)
+    raise TypeError(f"argument {position + 1} of chain must be a transformation, an (init, update) pair, got {tx!r}")

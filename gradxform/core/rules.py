@@ -1,0 +1,202 @@
+"""A rule: an optimizer's mathematics on one array. Nothing here knows about trees.
+
+A rule reads its hyperparameters, options and branches from ``step``:
+
+    step.number      1 at the first update, a scalar of the arithmetic's dtype
+    step.decay       the current value of the argument `decay`
+    step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
+
+together with whatever its own `prepare` and `gather` computed for this step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from gradxform.core.hyperparameters import Hyperparameter
+from gradxform.core.masks import Mask
+
+Array: TypeAlias = jax.Array
+Slots: TypeAlias = dict[str, Any]
+"""The state of one rule for one array, by name: ``{"mu": m}``; a branch's state stands under the branch's name."""
+
+
+class Step(types.SimpleNamespace):
+    """What is the same for every leaf in one step: the step number, hyperparameters and prepared scalars."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"step has no {name!r}; it has {', '.join(sorted(vars(self)))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+    """A hyperparameter's place in a compiled rule, filled at every step."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Rules that another rule applies to its own input."""
+
+    rules: tuple[Rule, ...]
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.rules))})"
+
+
+def no_slots(param: Array) -> Slots:
+    """The `init` of a rule without state."""
+    return {}
+
+
+def pass_through(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    """The `update` of a rule on a leaf that its mask leaves out."""
+    return update, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One transformation of one array; see `lift` for the meaning of the fields."""
+
+    name: str
+    constructor: Callable[..., Any] | None
+    init: Callable[[Array], Slots]
+    update: Callable[[Array, Slots, Array | None, Step], tuple[Array, Slots]]
+    prepare: Callable[[Step], Mapping[str, Any]] | None = None
+    measure: Callable[[Array, Step], Mapping[str, Any]] | None = None
+    gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None
+    mask: Mask | None = None
+    needs_params: bool = False
+    state_dtype: np.dtype[Any] | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def branches(self) -> list[tuple[str, tuple[Rule, ...]]]:
+        return [(name, value.rules) for name, value in self.arguments if isinstance(value, Branch)]
+
+    def walk(self) -> Iterator[Rule]:
+        """The rule itself, then those of its branches."""
+        yield self
+        for _, rules in self.branches:
+            for rule in rules:
+                yield from rule.walk()
+
+    @property
+    def hyperparameters(self) -> list[Hyperparameter]:
+        """Its own and those of its branches."""
+        return [value for rule in self.walk() for _, value in rule.arguments if isinstance(value, Hyperparameter)]
+
+    def bind(self, name_of: Callable[[Hyperparameter], str]) -> Rule:
+        """The rule with every constant in place and a name where a value changes: hashable, free of arrays."""
+
+        def bound(value: Any) -> Any:
+            if isinstance(value, Hyperparameter):
+                return value.value if value.constant else Dynamic(name_of(value))
+            return value
+
+        return self._mapped(lambda rule: rule.bind(name_of), bound)
+
+    def select(self, acts: Callable[[Mask], bool]) -> Rule:
+        """The rule for one leaf: it and its branches' rules pass the update through where their mask says so."""
+        chosen = self._mapped(lambda rule: rule.select(acts))
+        if self.mask is None or acts(self.mask):
+            return chosen
+        return dataclasses.replace(chosen, update=pass_through, prepare=None, mask=None)
+
+    def _mapped(self, on_rule: Callable[[Rule], Rule], on_value: Callable[[Any], Any] = lambda value: value) -> Rule:
+        """The rule with its branches' rules and its own other arguments replaced."""
+
+        def one(value: Any) -> Any:
+            return Branch(tuple(map(on_rule, value.rules))) if isinstance(value, Branch) else on_value(value)
+
+        return dataclasses.replace(self, arguments=tuple((key, one(value)) for key, value in self.arguments))
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(self.constructor).parameters if self.constructor else {}
+        parts: list[str] = []
+        for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", self.state_dtype)):
+            first = not parts and isinstance(value, Hyperparameter)
+            off = value in (None, False, Branch(()), Hyperparameter(0.0))
+            if first or not off or (key in defaults and defaults[key].default not in (None, False, 0.0)):
+                parts.append(repr(value) if first else f"{key}={value!r}")
+        return f"{self.name}({', '.join(parts)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """The numbers of one step in the dtype of one leaf's arithmetic."""
+
+    number: Array
+    dynamic: dict[str, Array]
+    prepared: tuple[dict[str, Any], ...] = ()
+
+
+jax.tree_util.register_dataclass(Scalars)
+
+
+def init(rules: tuple[Rule, ...], param: Any) -> tuple[Slots, ...]:
+    """The state of `rules` for one array, one dict per rule."""
+    return tuple(_init_rule(rule, param) for rule in rules)
+
+
+def prepare(rules: tuple[Rule, ...], scalars: Scalars) -> tuple[dict[str, Any], ...]:
+    """What `rules` compute once per step, one dict per rule."""
+
+    def one(rule: Rule) -> dict[str, Any]:
+        branches = {name: prepare(branch, scalars) for name, branch in rule.branches}
+        own = rule.prepare(step_of(rule, scalars)) if rule.prepare else {}
+        return {**own, **branches}
+
+    return tuple(map(one, rules))
+
+
+def run(
+    rules: tuple[Rule, ...], scalars: Scalars, update: Array, state: tuple[Slots, ...], param: Array | None
+) -> tuple[Array, tuple[Slots, ...]]:
+    """Apply `rules` to one array, one after the other."""
+    new_state = []
+    for rule, prepared, slots in zip(rules, scalars.prepared, state, strict=True):
+        shape = update.shape
+        update, new_slots = rule.update(update, slots, param, step_of(rule, scalars, prepared))
+        if update.shape != shape:
+            raise ValueError(f"{rule.name} turned an update of shape {shape} into {update.shape}; the shape must stay")
+        if new_slots.keys() != slots.keys():
+            raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
+        new_state.append(new_slots)
+    return update, tuple(new_state)
+
+
+def step_of(rule: Rule, scalars: Scalars, prepared: Mapping[str, Any] | None = None) -> Step:
+    """The step as `rule` sees it."""
+    prepared = dict(prepared or {})
+
+    def resolve(key: str, value: Any) -> Any:
+        if isinstance(value, Dynamic):
+            return scalars.dynamic[value.name]
+        if isinstance(value, Branch):
+            return _branch(value.rules, dataclasses.replace(scalars, prepared=prepared.pop(key, ())))
+        return value
+
+    arguments = {key: resolve(key, value) for key, value in rule.arguments}
+    return Step(number=scalars.number, **arguments, **prepared)
+
+
+def _branch(rules: tuple[Rule, ...], scalars: Scalars) -> Callable[..., tuple[Array, tuple[Slots, ...]]]:
+    return lambda update, state, param: run(rules, scalars, update, state, param)
+
+
+def _init_rule(rule: Rule, param: Any) -> Slots:
+    slots = {name: _as_state(value, rule.state_dtype) for name, value in rule.init(param).items()}
+    return {**slots, **{name: init(branch, param) for name, branch in rule.branches}}
+
+
+def _as_state(value: Array, dtype: np.dtype[Any] | None) -> Array:
+    return value if dtype is None else value.astype(dtype)

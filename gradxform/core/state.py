@@ -1,0 +1,138 @@
+"""The state of a lifted transformation: a NamedTuple with one field per moment, and its hyperparameters."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradxform.core.hyperparameters import Range, check_range
+
+
+@functools.lru_cache(maxsize=None)
+def state_type(slots: tuple[str, ...], live: tuple[tuple[str, Range], ...]) -> Any:
+    """The class ``State(count, hyperparams, *slots)``; `live` names what `set_hyperparams` may set."""
+    fields = collections.namedtuple("State", ("count", "hyperparams", *slots))
+
+    class State(fields):
+        """`count` updates done, this step's `hyperparams`, and one tree like the parameters per moment."""
+
+        __slots__ = ()
+        settable = dict(live)
+
+        def __reduce__(self) -> Any:
+            return _restore, (slots, live, tuple(self))
+
+    return State
+
+
+def _restore(slots: tuple[str, ...], live: tuple[tuple[str, Range], ...], values: tuple[Any, ...]) -> Any:
+    return state_type(slots, live)(*values)
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """Number repeated names in order of appearance: mu, nu, mu_2."""
+    seen: collections.Counter[str] = collections.Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return unique
+
+
+def get_hyperparams(state: Any) -> dict[str, jax.Array]:
+    """The current value of every visible hyperparameter in an optimizer state.
+
+    Args:
+      state: Any optimizer state: ours, nested in wrappers, or inside foreign chains.
+
+    Returns:
+      Name to 0-d array: the value used in the last step, before the first step the one it will use.
+      A name that occurs more than once is led by its place in the state, e.g. ``1/learning_rate``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import gradxform as gx
+      >>> tx = optax.chain(optax.clip(1.0), gx.adam(optax.linear_schedule(0.5, 0.0, 10)))
+      >>> print(gx.get_hyperparams(tx.init(jnp.zeros(3))))
+      {'learning_rate': Array(0.5, dtype=float32)}
+    """
+    return {key: holder.hyperparams[name] for key, (holder, name) in _located(state).items()}
+
+
+def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
+    """A copy of an optimizer state in which live hyperparameters have new values.
+
+    Args:
+      state: Any optimizer state: ours, nested in wrappers, or inside foreign chains.
+      values: Name to number or 0-d array, for names that are no Python identifiers.
+      **named: The same as keywords. A bare name sets every hyperparameter of that name.
+
+    Raises:
+      KeyError: if the state has no such hyperparameter; the message lists those it has.
+      ValueError: if the hyperparameter is not live, or the value is out of range or not a scalar.
+
+    Example: see `live`.
+    """
+    places = _located(state)
+    new: dict[tuple[int, str], Any] = {}
+    for name, value in {**(values or {}), **named}.items():
+        matches = [place for key, place in places.items() if name in (key, place[1])]
+        if not matches:
+            raise KeyError(f"no hyperparameter {name!r} in this state; it has {', '.join(places) or 'none'}")
+        for holder, local in matches:
+            new[id(holder), local] = _checked(name, value, holder, local)
+    return _replace(state, new)
+
+
+def _checked(name: str, value: Any, holder: Any, local: str) -> jax.Array:
+    old = holder.hyperparams[local]
+    settable = getattr(holder, "settable", None)
+    if settable is not None:
+        if local not in settable:
+            raise ValueError(
+                f"{name} is fixed by the optimizer; build it with {local}=gx.live(…) to set it in the state"
+            )
+        check_range(name, value, settable[local])
+    if jnp.shape(value) != jnp.shape(old):
+        raise ValueError(f"{name} must have shape {jnp.shape(old)}, got {jnp.shape(value)}")
+    return jnp.asarray(value, dtype=jnp.asarray(old).dtype)
+
+
+def _located(state: Any) -> dict[str, tuple[Any, str]]:
+    """Every hyperparameter: its shortest distinct name, the state that holds it and its name there."""
+    found = [(path, holder, name) for path, holder in _holders(state, ()) for name in holder.hyperparams]
+    times = collections.Counter(name for _, _, name in found)
+    return {name if times[name] == 1 else "/".join((*path, name)): (holder, name) for path, holder, name in found}
+
+
+def _holders(state: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every state with hyperparameters, outermost first, and where it stands."""
+    if _holds(state):
+        yield path, state
+    nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_holds_below(state))
+    for keys, node in nodes:
+        if _holds(node):
+            yield from _holders(node, (*path, jax.tree_util.keystr(keys, simple=True, separator="/")))
+
+
+def _holds(state: Any) -> bool:
+    return "hyperparams" in getattr(state, "_fields", ()) and isinstance(state.hyperparams, dict)
+
+
+def _holds_below(state: Any) -> Callable[[Any], bool]:
+    return lambda node: node is not state and _holds(node)
+
+
+def _replace(state: Any, new: dict[tuple[int, str], Any]) -> Any:
+    """`state` with the values `new` gives by holder and name."""
+    inner, structure = jax.tree.flatten(state, is_leaf=_holds_below(state))
+    rebuilt = structure.unflatten([_replace(node, new) if _holds(node) else node for node in inner])
+    if not _holds(state):
+        return rebuilt
+    changed = {name: new.get((id(state), name), value) for name, value in rebuilt.hyperparams.items()}
+    return rebuilt._replace(hyperparams=changed)

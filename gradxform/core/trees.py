@@ -1,0 +1,139 @@
+"""Trees of arrays: flattening, leaf names, and the checks that name the argument and the leaf."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Path = tuple[Any, ...]
+Aval = tuple[tuple[int, ...], np.dtype[Any] | None]
+
+
+def concrete(value: Any) -> bool:
+    """Whether the numbers of `value` can be looked at now."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def aval(leaf: Any) -> Aval:
+    """Shape and dtype of a leaf; dtype None if it is no array or number."""
+    try:
+        return leaf.shape, leaf.dtype
+    except AttributeError:
+        if isinstance(leaf, float | complex | int) and not isinstance(leaf, bool):
+            return (), np.dtype(jnp.result_type(leaf))
+        return (), None
+
+
+def dtype_of(leaf: Any) -> np.dtype[Any]:
+    """The dtype of a leaf that `flatten` has let pass."""
+    dtype = aval(leaf)[1]
+    assert dtype is not None
+    return dtype
+
+
+def strong(leaf: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether a leaf is an array of just this dtype, not a Python number or weakly typed."""
+    return getattr(leaf, "dtype", None) == dtype and not getattr(leaf, "weak_type", False)
+
+
+@functools.lru_cache(maxsize=256)
+def compute_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of the arithmetic: the widest of the leaves' dtypes and float32."""
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
+@functools.lru_cache(maxsize=64)
+def trainable(dtype: np.dtype[Any] | None) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+@functools.lru_cache(maxsize=64)
+def is_complex(dtype: np.dtype[Any] | None) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def flatten(argument: str, tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure of a tree whose leaves must be floating-point or complex arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    for index, leaf in enumerate(leaves):
+        if not trainable(aval(leaf)[1]):
+            _refuse_leaf(name_leaf(argument, structure, index), leaf)
+    return leaves, structure
+
+
+def check_same_structure(argument: str, structure: Any, other: str, other_structure: Any, remedy: str) -> None:
+    """Raise unless both trees have the same leaves at the same places."""
+    if structure == other_structure:
+        return
+    names, others = _names(structure), _names(other_structure)
+    missing = next((name for name in others if name not in set(names)), None)
+    extra = next((name for name in names if name not in set(others)), None)
+    if missing is not None:
+        what = f"{argument}{missing} is missing, {other}{missing} is there"
+    elif extra is not None:
+        what = f"{argument}{extra} has no counterpart in {other}"
+    else:
+        what = f"{argument} has structure {structure}, {other} has {other_structure}"
+    raise ValueError(f"{what}; {remedy}")
+
+
+def check_update(argument: str, update: Any, param: Any, structure: Any, index: int) -> None:
+    """Raise unless an update has its parameter's shape, and is real if the parameter is: nothing is broadcast or dropped."""
+    (shape, dtype), (param_shape, param_dtype) = aval(update), aval(param)
+    if shape == param_shape and (dtype == param_dtype or not is_complex(dtype) or is_complex(param_dtype)):
+        return
+    name, param_name = name_leaf(argument, structure, index), name_leaf("params", structure, index)
+    if shape != param_shape:
+        raise ValueError(f"{name} has shape {shape}, {param_name} has {param_shape}; they must be the same")
+    raise TypeError(f"{name} is {dtype}, {param_name} is {param_dtype}; take the real part of the gradient first")
+
+
+def check_slot(argument: str, slot: Any, expected: Aval, structure: Any, index: int, check_dtype: bool) -> None:
+    """Raise unless a moment has the shape and dtype that `init` gives it."""
+    shape, dtype = aval(slot)
+    if shape != expected[0] or (check_dtype and dtype != expected[1]):
+        raise ValueError(
+            f"{name_leaf(argument, structure, index)} is {describe(slot)}, for these parameters it is "
+            f"{expected[1]}{list(expected[0])}; call init(params) again, or restore the state with its own dtypes"
+        )
+
+
+def name_leaf(argument: str, structure: Any, index: int) -> str:
+    """How Python reaches the leaf: ``params['dense']['kernel']``."""
+    return argument + _names(structure)[index]
+
+
+@functools.lru_cache(maxsize=64)
+def paths(structure: Any) -> tuple[str, ...]:
+    """The leaves' paths as people write them: ``dense/kernel``."""
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in _key_paths(structure))
+
+
+def describe(leaf: Any) -> str:
+    """Shape and dtype for an array, else type and value."""
+    shape, dtype = aval(leaf)
+    return f"{type(leaf).__name__} {leaf!r:.60}" if dtype is None else f"{dtype}{list(shape)}"
+
+
+def _names(structure: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path in _key_paths(structure)]
+
+
+def _key_paths(structure: Any) -> list[Path]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
+    return [path for path, _ in leaves]
+
+
+def _refuse_leaf(name: str, leaf: Any) -> NoReturn:
+    dtype = aval(leaf)[1]
+    if dtype is None:
+        remedy = "keep only arrays, e.g. eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)"
+    elif dtype == jax.dtypes.float0:
+        remedy = "this is the gradient of an integer input; differentiate the floating-point leaves only"
+    else:
+        remedy = "keep it out of params, e.g. with optax.masked, optax.partition or a filter of your framework"
+    raise TypeError(f"{name} is {describe(leaf)}, and only floating-point or complex leaves are trained; {remedy}")

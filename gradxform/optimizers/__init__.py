@@ -1,0 +1,1 @@
+"""Optimizers, each a composition of transformations."""

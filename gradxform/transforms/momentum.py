@@ -1,0 +1,123 @@
+"""Against noise and slowness: follow a moving average of the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from gradxform.core.hyperparameters import Numeric, Range, fraction, ranged
+from gradxform.core.lift import Transformation, lift
+from gradxform.core.rules import Array, Slots, Step, no_slots
+from gradxform.numerics import lerp, one_minus_power
+
+
+def scale_by_momentum(
+    decay: Numeric = 0.9,
+    *,
+    dampening: Numeric | None = None,
+    nesterov: bool = False,
+    debias: bool = False,
+    state_dtype: Any = None,
+) -> Transformation:
+    """m ← β·m + (1 − β)·u,  u ← m
+
+    Args:
+      decay: β in [0, 1).
+      dampening: τ in [0, 1] of the heavy ball m ← β·m + (1 − τ)·u, which starts at m = u as PyTorch's does;
+        0.0 gives the classical m ← β·m + u. None, the default, gives the moving average above.
+      nesterov: Look one step ahead: u ← β·m + (1 − β)·u, for the heavy ball u ← β·m + u.
+      debias: Divide m by 1 − βᵗ, the sum of its weights. With ``nesterov`` the two parts of the lookahead are
+        corrected apart, m by 1 − βᵗ⁺¹ and u by 1 − βᵗ, as NAdam does. Moving average only.
+      state_dtype: Dtype of the state ``mu``, shaped like the parameters; default float32 (float64 for
+        float64 leaves).
+
+    Raises:
+      TypeError, ValueError: if a number is out of its range, or ``debias`` meets ``dampening``.
+
+    References:
+      Polyak 1964 (heavy ball); Sutskever et al. 2013 (Nesterov's lookahead as it is used here);
+      Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.scale_by_momentum(0.75)
+      >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
+      [0.25 0.25]
+    """
+    if debias and dampening is not None:
+        raise ValueError("debias corrects the moving average; leave dampening out")
+    return lift(
+        _zeros,
+        _average if dampening is None else _heavy_ball,
+        constructor=scale_by_momentum,
+        prepare=_corrections if dampening is None else _weight,
+        decay=fraction(decay),
+        dampening=None if dampening is None else ranged(dampening, Range(0.0, 1.0, closed_high=True)),
+        nesterov=nesterov,
+        debias=debias,
+        state_dtype=state_dtype,
+    )
+
+
+def bias_correction(decay: Numeric = 0.9) -> Transformation:
+    """u ← u / (1 − βᵗ): undo the pull of a moving average towards the zero it started from.
+
+    Args:
+      decay: β in [0, 1) of the moving average before it; t is 1 at the first update.
+
+    Raises:
+      TypeError, ValueError: if ``decay`` is no number in [0, 1).
+
+    References:
+      Kingma & Ba 2015, arXiv 1412.6980, section 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.chain(gx.scale_by_momentum(0.5), gx.bias_correction(0.5))
+      >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
+      [1. 1.]
+    """
+    return lift(no_slots, _correct, constructor=bias_correction, prepare=_correction, decay=fraction(decay))
+
+
+def _zeros(param: Array) -> Slots:
+    return {"mu": jnp.zeros_like(param)}
+
+
+def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    mu = lerp(state["mu"], update, 1 - step.decay)
+    return _ahead(mu, update, 1 - step.decay, step) if step.nesterov else mu * step.now, {"mu": mu}
+
+
+def _heavy_ball(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    mu = step.decay * state["mu"] + step.weight * update
+    return _ahead(mu, update, 1.0, step) if step.nesterov else mu, {"mu": mu}
+
+
+def _ahead(mu: Array, update: Array, weight: Any, step: Step) -> Array:
+    """Nesterov: the momentum as the next step would find it."""
+    return step.decay * (mu * step.next) + weight * (update * step.now)
+
+
+def _corrections(step: Step) -> dict[str, Any]:
+    if not step.debias:
+        return {"now": 1.0, "next": 1.0}
+    return {
+        "now": 1 / one_minus_power(step.decay, step.number),
+        "next": 1 / one_minus_power(step.decay, step.number + 1),
+    }
+
+
+def _weight(step: Step) -> dict[str, Any]:
+    return {"weight": jnp.where(step.number == 1, 1.0, 1 - step.dampening), "now": 1.0, "next": 1.0}
+
+
+def _correction(step: Step) -> dict[str, Any]:
+    return {"factor": 1 / one_minus_power(step.decay, step.number)}
+
+
+def _correct(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    return step.factor * update, state

@@ -1,0 +1,157 @@
+"""Against gradients of every size: divide by how large they have been."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from gradxform.core.hyperparameters import Numeric, fraction, non_negative, non_negative_number
+from gradxform.core.lift import Transformation, identity, lift
+from gradxform.core.rules import Array, Slots, Step
+from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, smallest_normal
+
+
+def normalize_by_rms(
+    decay: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    *,
+    of: Transformation | None = None,
+    debias: bool = False,
+    eps_root: Numeric = 0.0,
+    centered: bool = False,
+    initial_scale: float = 0.0,
+    state_dtype: Any = None,
+) -> Transformation:
+    """v ← γ·v + (1 − γ)·|u|²,  u ← of(u) / (√v + ε)
+
+    A quotient with two branches on one input: the numerator is what ``of`` makes of the update, the
+    denominator is the root mean square of the same update. 0/0 is 0, so ε = 0 is allowed. |u| counts as at
+    most half the root of the largest float (9.2e18 in float32), so that no finite update overflows v.
+
+    Args:
+      decay: γ in [0, 1); 0 divides each element by its own magnitude.
+      eps: ε ≥ 0, outside the root.
+      of: The numerator, made of transformations that act on one array at a time; default the update itself.
+      debias: Divide v by 1 − γᵗ, the sum of its weights.
+      eps_root: ε ≥ 0 inside the root: √(v + ε).
+      centered: Subtract the square of the moving average of u (state ``mu``): the standard deviation in
+        place of the RMS.
+      initial_scale: What v starts from.
+      state_dtype: Dtype of the state ``nu``, shaped like the parameters and real for complex ones; default
+        float32 (float64 for float64 leaves).
+
+    Raises:
+      TypeError, ValueError: if a number is out of its range, or ``of`` needs every leaf at once.
+
+    References:
+      Tieleman & Hinton 2012 (RMSProp); Graves 2013, arXiv 1308.0850, equations 38 to 45 (centered, ε inside);
+      Kingma & Ba 2015, arXiv 1412.6980, algorithm 1 (debias).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.normalize_by_rms(decay=0.0, eps=0.0)
+      >>> print(tx.update(jnp.array([5.0, -0.001, 0.0]), tx.init(jnp.zeros(3)))[0])
+      [ 1. -1.  0.]
+    """
+    return lift(
+        _Moments(non_negative_number("initial_scale", initial_scale), centered),
+        _divide_by_rms,
+        constructor=normalize_by_rms,
+        prepare=_correction,
+        decay=fraction(decay),
+        eps=non_negative(eps),
+        eps_root=non_negative(eps_root),
+        of=identity() if of is None else of,
+        debias=debias,
+        centered=centered,
+        state_dtype=state_dtype,
+    )
+
+
+def normalize_by_rss(
+    eps: Numeric = 1e-7,
+    *,
+    of: Transformation | None = None,
+    eps_root: Numeric = 0.0,
+    initial_accumulator_value: float = 0.0,
+    state_dtype: Any = None,
+) -> Transformation:
+    """v ← v + |u|²,  u ← of(u) / (√v + ε): the root of the sum of squares, which AdaGrad divides by.
+
+    Args:
+      eps: ε ≥ 0, outside the root.
+      of: See `normalize_by_rms`.
+      eps_root: ε ≥ 0 inside the root.
+      initial_accumulator_value: What v starts from.
+      state_dtype: See `normalize_by_rms`.
+
+    Raises:
+      TypeError, ValueError: if a number is negative.
+
+    References:
+      Duchi, Hazan & Singer 2011, JMLR 12, figure 1 with diagonal matrices.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.normalize_by_rss(eps=0.0)
+      >>> updates, state = tx.update(jnp.full(2, 3.0), tx.init(jnp.zeros(2)))
+      >>> print(tx.update(jnp.full(2, 4.0), state)[0])
+      [0.8 0.8]
+    """
+    return lift(
+        _Moments(non_negative_number("initial_accumulator_value", initial_accumulator_value), centered=False),
+        _divide_by_rss,
+        constructor=normalize_by_rss,
+        eps=non_negative(eps),
+        eps_root=non_negative(eps_root),
+        of=identity() if of is None else of,
+        state_dtype=state_dtype,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """nu starts at `start`; mu, where the mean is subtracted, at zero."""
+
+    start: float
+    centered: bool
+
+    def __call__(self, param: Array) -> Slots:
+        nu = jnp.full_like(param, self.start, dtype=real_dtype(param.dtype))
+        return {"nu": nu, "mu": jnp.zeros_like(param)} if self.centered else {"nu": nu}
+
+
+def _correction(step: Step) -> dict[str, Any]:
+    return {"factor": 1 / one_minus_power(step.decay, step.number)} if step.debias else {}
+
+
+def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    update = clamp(update, largest_square(update.dtype))
+    direction, of = step.of(update, state["of"], param)
+    new = {"nu": lerp(state["nu"], abs_squared(update), 1 - step.decay), "of": of}
+    variance = new["nu"]
+    if step.centered:
+        new["mu"] = lerp(state["mu"], update, 1 - step.decay)
+        variance = jnp.maximum(variance - abs_squared(new["mu"]), 0)
+    if step.debias:
+        variance = variance * step.factor
+    return _quotient(direction, variance, step), new
+
+
+def _divide_by_rss(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    update = clamp(update, largest_square(update.dtype))
+    direction, of = step.of(update, state["of"], param)
+    nu = jnp.minimum(state["nu"] + abs_squared(update), jnp.finfo(update.dtype).max)
+    return _quotient(direction, nu, step), {"nu": nu, "of": of}
+
+
+def _quotient(direction: Array, variance: Array, step: Step) -> Array:
+    """direction / (√(variance + eps_root) + eps), with 0/0 = 0."""
+    divisor = jnp.sqrt(variance + step.eps_root) + step.eps
+    if isinstance(step.eps, float) and step.eps >= smallest_normal(variance.dtype):
+        return direction / divisor
+    return jnp.where(divisor > 0, direction / jnp.where(divisor > 0, divisor, 1), 0)

@@ -1,0 +1,76 @@
+"""Multiply the update by a number."""
+
+from __future__ import annotations
+
+from gradxform.core.hyperparameters import Numeric, Schedule, non_negative
+from gradxform.core.lift import Transformation, lift
+from gradxform.core.rules import Array, Slots, Step, no_slots
+
+
+def scale(factor: Numeric) -> Transformation:
+    """u ← c·u
+
+    Args:
+      factor: c, any finite number, 0-d array, schedule or `live` value.
+
+    Raises:
+      TypeError, ValueError: if ``factor`` is no finite number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.scale(3.0)
+      >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
+      [3. 3.]
+    """
+    return lift(no_slots, _scale, constructor=scale, factor=factor)
+
+
+def scale_by_schedule(schedule: Schedule) -> Transformation:
+    """u ← c(t)·u, where t = 0 at the first update.
+
+    Args:
+      schedule: c, a function of the number of updates done so far, such as those of optax.
+
+    Raises:
+      TypeError: if ``schedule`` is not callable.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import gradxform as gx
+      >>> tx = gx.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 4))
+      >>> _, state = tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))
+      >>> print(tx.update(jnp.ones(2), state)[0])
+      [0.75 0.75]
+    """
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a function of the step, got {schedule!r}; for a number use scale")
+    return lift(no_slots, _scale, constructor=scale_by_schedule, factor=schedule)
+
+
+def scale_by_learning_rate(learning_rate: Numeric) -> Transformation:
+    """u ← −α·u: the only minus sign of the library. What comes out is added to the parameters.
+
+    Args:
+      learning_rate: α ≥ 0, a number, 0-d array, schedule or `live` value; always shown in
+        ``state.hyperparams``.
+
+    Raises:
+      TypeError, ValueError: if ``learning_rate`` is no number or negative; to ascend, ``scale(-1.0)`` first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.scale_by_learning_rate(0.5)
+      >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
+      [-0.5 -0.5]
+    """
+    return lift(no_slots, _descend, constructor=scale_by_learning_rate, learning_rate=non_negative(learning_rate))
+
+
+def _scale(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    return step.factor * update, state
+
+
+def _descend(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    return -step.learning_rate * update, state

@@ -1,0 +1,79 @@
+"""Against weights that grow without need: pull every parameter towards zero."""
+
+from __future__ import annotations
+
+from gradxform.core.hyperparameters import Numeric, non_negative
+from gradxform.core.lift import Transformation, lift
+from gradxform.core.masks import MaskLike
+from gradxform.core.rules import Array, Slots, Step, no_slots
+
+
+def add_decoupled_weight_decay(weight_decay: Numeric = 1e-4, mask: MaskLike | None = None) -> Transformation:
+    """u ← u + λ·θ, after the gradient was normalised and before the learning rate: AdamW's decay.
+
+    Every parameter shrinks by the same factor 1 − α·λ per step, however large its gradients are.
+
+    Args:
+      weight_decay: λ ≥ 0, per unit of learning rate.
+      mask: Which leaves decay: a tree of booleans (or a prefix of one), a callable ``(path, leaf) -> bool``,
+        or a regular expression that matches whole paths like ``dense/kernel``; default all.
+
+    Raises:
+      TypeError, ValueError: if ``weight_decay`` is negative, ``mask`` fits no leaf or another tree, or
+        ``update`` is called without params.
+
+    References:
+      Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2 (line 12, with η·λ for the schedule times λ).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.add_decoupled_weight_decay(0.5, mask=".*kernel")
+      >>> params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+      >>> updates, _ = tx.update({"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}, tx.init(params), params)
+      >>> print(updates["kernel"], updates["bias"])
+      [0.5 0.5] [0. 0.]
+    """
+    return lift(
+        no_slots,
+        _add,
+        constructor=add_decoupled_weight_decay,
+        mask=mask,
+        needs_params=True,
+        weight_decay=non_negative(weight_decay),
+    )
+
+
+def add_l2_regularization(weight_decay: Numeric = 1e-4, mask: MaskLike | None = None) -> Transformation:
+    """u ← u + λ·θ, before anything else: the gradient of the penalty (λ/2)·‖θ‖² in the loss.
+
+    What normalises the gradient then normalises the penalty with it, so parameters with large gradients
+    are regularised less: this is not AdamW's decay. See `add_decoupled_weight_decay`.
+
+    Args:
+      weight_decay: λ ≥ 0.
+      mask: See `add_decoupled_weight_decay`.
+
+    Raises:
+      TypeError, ValueError: see `add_decoupled_weight_decay`.
+
+    References:
+      Loshchilov & Hutter 2019, arXiv 1711.05101, proposition 2.
+
+    Example:
+      >>> import gradxform as gx
+      >>> gx.chain(gx.add_l2_regularization(1e-2), gx.sgd(0.1))
+      chain(add_l2_regularization(0.01), scale_by_learning_rate(0.1))
+    """
+    return lift(
+        no_slots,
+        _add,
+        constructor=add_l2_regularization,
+        mask=mask,
+        needs_params=True,
+        weight_decay=non_negative(weight_decay),
+    )
+
+
+def _add(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    return update + step.weight_decay * param, state

@@ -1,0 +1,17 @@
+"""Hostile settings for every test: nothing promotes, broadcasts or warns in silence."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("short", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=500, deadline=None)
+hypothesis.settings.load_profile("long" if os.environ.get("GRADXFORM_LONG") else "short")
