@@ -60,11 +60,13 @@ def abs_squared(x: Array) -> Array:
 
 def one_minus_power(base: Any, exponent: Array) -> Array:
     """1 − baseᵗ for base in [0, 1), without the cancellation: −expm1(t·log base)."""
-    if isinstance(base, float):
-        log = math.log(base) if base > 0 else -math.inf
-    else:
-        log = jnp.log(base)
-    return -jnp.expm1(exponent * log)
+    return -jnp.expm1(exponent * _log(base))
+
+
+def _log(x: Any) -> Any:
+    if isinstance(x, float):
+        return math.log(x) if x > 0 else -math.inf
+    return jnp.log(x)
 
 
 def norm(x: Array) -> Array:

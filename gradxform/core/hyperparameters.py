@@ -175,7 +175,7 @@ def evaluate(parameter: Hyperparameter, stored: Mapping[str, jax.Array], name: s
     if isinstance(value, float):
         return value
     if isinstance(value, Live):
-        value = stored[name] if name in stored else value.value
+        value = stored.get(name, value.value)
     elif callable(value):
         value = _scalar(f"the schedule for {name}", value(count))
     return jnp.asarray(value, dtype=visible_dtype())

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gradxform.core import trees
-from gradxform.core.hyperparameters import Hyperparameter, Live
+from gradxform.core.hyperparameters import Hyperparameter
 from gradxform.core.masks import MaskLike, mask_of
 from gradxform.core.program import Foreign, Program, Stage
 from gradxform.core.rules import Array, Branch, Rule, Slots, Step
@@ -53,6 +53,9 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     __slots__ = ()
 
+    init: Init  # pyright: ignore[reportIncompatibleVariableOverride] (narrower than optax's: it takes any tree)
+    update: Update  # pyright: ignore[reportIncompatibleVariableOverride] (narrower than optax's: it takes any tree)
+
     @classmethod
     def of(cls, body: Body) -> Transformation:
         """The pair that does what `body` does."""
@@ -60,7 +63,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     @property
     def body(self) -> Body:
-        return self.update.body  # pyright: ignore[reportFunctionMemberAccess] (`update` is always an Update)
+        return self.update.body
 
     def __repr__(self) -> str:
         return repr(self.body)
@@ -184,6 +187,5 @@ def _stages(position: int, tx: Any) -> tuple[Stage, ...]:
     if isinstance(tx, Transformation) and isinstance(tx.body, Program):
         return tx.body.stages
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
-        pair = tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx)
-        return (Foreign(optax.with_extra_args_support(pair)),)
+        return (Foreign(tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx)),)
     raise TypeError(f"argument {position + 1} of chain must be a transformation, an (init, update) pair, got {tx!r}")

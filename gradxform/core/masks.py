@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -83,13 +83,13 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
     if isinstance(mask, str | re.Pattern):
         return Pattern(re.compile(mask))
     if callable(mask):
-        return Predicate(mask)
+        return Predicate(cast(Callable[[str, Any], bool], mask))
     leaves, structure = jax.tree.flatten(mask)
     return BooleanTree(structure, tuple(_boolean("every leaf of mask", leaf) for leaf in leaves))
 
 
 def _boolean(name: str, value: Any) -> bool:
-    if trees.concrete(value) and isinstance(value, bool | np.bool_ | jax.Array | np.ndarray):
-        if np.shape(value) == () and np.asarray(value).dtype == bool:
-            return bool(value)
+    known = trees.concrete(value) and isinstance(value, bool | np.bool_ | jax.Array | np.ndarray)
+    if known and np.shape(value) == () and np.asarray(value).dtype == bool:
+        return bool(value)
     raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -211,7 +211,8 @@ def _gathered(rule: Rule) -> Callable[..., Scalars]:
 
 @jax.jit
 def increment(count: jax.Array) -> jax.Array:
-    return optax.safe_increment(count)
+    """One more, but never more than an int32 holds."""
+    return jnp.asarray(optax.safe_increment(count))
 
 
 _cast = jax.jit(numerics.cast, static_argnums=1)
@@ -234,6 +235,7 @@ def _slot_avals(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype
 
 
 def slot_names(rules: tuple[Rule, ...]) -> list[str]:
+    """What the rules call their arrays, in the order in which `initial_slots` gives them."""
     structure = _slot_structure(rules)
     paths, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
     return [path[-1].key for path, _ in paths]

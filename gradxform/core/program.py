@@ -22,7 +22,7 @@ from gradxform.core.state import state_type, unique_names
 class Foreign:
     """A stage that is any other ``(init, update)`` pair: it sees whole trees."""
 
-    tx: optax.GradientTransformationExtraArgs
+    tx: optax.GradientTransformation
 
     def __repr__(self) -> str:
         if hasattr(self.tx.update, "body"):
@@ -75,7 +75,9 @@ class Program:
         for run, some in zip(runs, owned, strict=True):
             fields = tuple(next(names) for _ in some)
             segments.append(
-                ForeignSegment(run.tx, fields[0]) if isinstance(run, Foreign) else Segment(tuple(run), fields)
+                ForeignSegment(optax.with_extra_args_support(run.tx), fields[0])
+                if isinstance(run, Foreign)
+                else Segment(tuple(run), fields)
             )
         return tuple(segments)
 
@@ -92,6 +94,8 @@ class Program:
         return state_type(self.fields, tuple(live.items()))
 
     def __repr__(self) -> str:
+        if not self.stages:
+            return "identity()"
         return repr(self.stages[0]) if len(self.stages) == 1 else f"chain({', '.join(map(repr, self.stages))})"
 
     # init

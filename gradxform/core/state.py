@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from gradxform.core.hyperparameters import Range, check_range
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def state_type(slots: tuple[str, ...], live: tuple[tuple[str, Range], ...]) -> Any:
     """The class ``State(count, hyperparams, *slots)``; `live` names what `set_hyperparams` may set."""
-    fields = collections.namedtuple("State", ("count", "hyperparams", *slots))
+    fields = collections.namedtuple("State", ("count", "hyperparams", *slots))  # pyright: ignore[reportUntypedNamedTuple] (its fields are known only now)
 
     class State(fields):
         """`count` updates done, this step's `hyperparams`, and one tree like the parameters per moment."""
 
         __slots__ = ()
-        settable = dict(live)
+        settable: ClassVar[Mapping[str, Range]] = dict(live)
 
         def __reduce__(self) -> Any:
             return _restore, (slots, live, tuple(self))

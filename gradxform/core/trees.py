@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Path = tuple[Any, ...]
 Aval = tuple[tuple[int, ...], np.dtype[Any] | None]
@@ -15,7 +16,7 @@ Aval = tuple[tuple[int, ...], np.dtype[Any] | None]
 
 def concrete(value: Any) -> bool:
     """Whether the numbers of `value` can be looked at now."""
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def aval(leaf: Any) -> Aval:
@@ -48,12 +49,14 @@ def compute_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
 
 @functools.lru_cache(maxsize=64)
 def trainable(dtype: np.dtype[Any] | None) -> bool:
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    """Whether an array of this dtype can be a parameter: floating-point or complex."""
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 @functools.lru_cache(maxsize=64)
 def is_complex(dtype: np.dtype[Any] | None) -> bool:
-    return jnp.issubdtype(dtype, jnp.complexfloating)
+    """Whether an array of this dtype has an imaginary part."""
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.complexfloating))
 
 
 def flatten(argument: str, tree: Any) -> tuple[list[Any], Any]:
@@ -82,7 +85,7 @@ def check_same_structure(argument: str, structure: Any, other: str, other_struct
 
 
 def check_update(argument: str, update: Any, param: Any, structure: Any, index: int) -> None:
-    """Raise unless an update has its parameter's shape, and is real if the parameter is: nothing is broadcast or dropped."""
+    """Raise unless an update has its parameter's shape, and is real where the parameter is."""
     (shape, dtype), (param_shape, param_dtype) = aval(update), aval(param)
     if shape == param_shape and (dtype == param_dtype or not is_complex(dtype) or is_complex(param_dtype)):
         return

@@ -13,6 +13,7 @@ from gradxform.core.hyperparameters import count_of
 from gradxform.core.lift import Transformation, chain, lift
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.core.state import get_hyperparams
+from gradxform.core.trees import concrete
 from gradxform.numerics import lerp
 
 
@@ -73,20 +74,25 @@ class _Accumulate:
         return AccumulateState(pending=mean.count, mean=mean.mean, inner=self.tx.init(params))
 
     def update(self, updates: Any, state: AccumulateState, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if not isinstance(state, AccumulateState):
+            raise TypeError(f"state is {type(state).__name__}, accumulate's is AccumulateState; pass what it returned")
         gathered = _RUNNING_MEAN.init(())._replace(count=state.pending, mean=state.mean)
-        _, gathered = _RUNNING_MEAN.update(updates, gathered, params)
+        rounded, gathered = _RUNNING_MEAN.update(updates, gathered, params)
+        mean = rounded if params is None else gathered.mean
         zeros = optax.tree.zeros_like
 
         def step() -> tuple[Any, AccumulateState]:
-            stepped, inner = self.tx.update(gathered.mean, state.inner, params, **extra_args)
+            stepped, inner = self.tx.update(mean, state.inner, params, **extra_args)
             return stepped, AccumulateState(zeros(gathered.count), zeros(gathered.mean), inner)
 
         def wait() -> tuple[Any, AccumulateState]:
-            nothing = zeros(updates if params is None else params)
+            nothing = zeros(mean if params is None else params)
             return nothing, AccumulateState(gathered.count, gathered.mean, state.inner)
 
         due = gathered.count == self.every
-        return jax.lax.cond(due, step, wait) if isinstance(due, jax.core.Tracer) else (step() if due else wait())
+        if concrete(due):
+            return step() if due else wait()
+        return jax.lax.cond(due, step, wait)
 
     def __repr__(self) -> str:
         return f"accumulate({self.tx!r}, every={self.every})"
