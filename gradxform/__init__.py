@@ -7,13 +7,14 @@ whole optimizers of them.
 # Optimizers
 from gradxform.optimizers.adagrad import adagrad as adagrad
 from gradxform.optimizers.adam import adam as adam
-from gradxform.optimizers.adam import adam_l2 as adam_l2
-from gradxform.optimizers.adam import adamw as adamw
+from gradxform.optimizers.adam_l2 import adam_l2 as adam_l2
+from gradxform.optimizers.adamw import adamw as adamw
 from gradxform.optimizers.momentum import momentum as momentum
 from gradxform.optimizers.rmsprop import rmsprop as rmsprop
 from gradxform.optimizers.sgd import sgd as sgd
 
 # Transformations
+from gradxform.optimizers.adam import scale_by_adam as scale_by_adam
 from gradxform.transforms.accumulation import AccumulateState as AccumulateState
 from gradxform.transforms.accumulation import accumulate as accumulate
 from gradxform.transforms.clipping import clip_by_global_norm as clip_by_global_norm

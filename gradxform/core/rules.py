@@ -22,6 +22,7 @@ import numpy as np
 
 from gradxform.core.hyperparameters import Hyperparameter
 from gradxform.core.masks import Mask
+from gradxform.core.trees import is_complex
 
 Array: TypeAlias = jax.Array
 Slots: TypeAlias = dict[str, Any]
@@ -199,4 +200,8 @@ def _init_rule(rule: Rule, param: Any) -> Slots:
 
 
 def _as_state(value: Array, dtype: np.dtype[Any] | None) -> Array:
-    return value if dtype is None else value.astype(dtype)
+    if dtype is None:
+        return value
+    if is_complex(value.dtype) and not is_complex(dtype):
+        raise TypeError(f"state_dtype {dtype} would drop the imaginary part of a {value.dtype} moment; leave it out")
+    return value.astype(dtype)
