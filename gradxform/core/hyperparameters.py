@@ -147,13 +147,6 @@ def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
     return ranged(value, Range(0.0, math.inf, closed_low=False), name)
 
 
-def non_negative_number(name: str, value: object) -> float:
-    """A plain number in [0, inf), for what is fixed at construction."""
-    number = _number(name, value)
-    check_range(name, number, Range(0.0, math.inf))
-    return float(number)
-
-
 def check_range(name: str, value: Any, within: Range) -> None:
     """Raise if a concrete `value` lies outside `within`; tracers pass."""
     if trees.concrete(value) and not all(x in within for x in np.ravel(value).astype(float).tolist()):

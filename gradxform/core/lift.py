@@ -157,6 +157,8 @@ def lift(
     """
     if (measure is None) != (gather is None):
         raise TypeError("measure and gather go together: give both or neither")
+    if measure is not None and mask is not None:
+        raise TypeError("a rule that measures every leaf takes no mask; leave mask or measure out")
     name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
     if state_dtype is not None and not trees.trainable(state_dtype := np.dtype(state_dtype)):
         raise TypeError(f"state_dtype must be a floating-point dtype, got {state_dtype}")

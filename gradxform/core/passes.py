@@ -63,7 +63,7 @@ class Leaves:
 
 
 def initial_slots(rules: tuple[Rule, ...], params: Any, leaves: list[Any], structure: Any) -> list[list[Any]]:
-    """The state of each leaf, in the order of the segment's fields."""
+    """The state of each leaf, in the order of the segment's fields; raises if a mask does not fit the parameters."""
     _rules_by_leaf(rules, params, leaves, structure)
     return [jax.tree.leaves(one_array.init(rules, _for_arithmetic(leaf))) for leaf in leaves]
 

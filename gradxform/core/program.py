@@ -93,6 +93,9 @@ class Program:
         live = {name: h.within for name, h in self.hyperparameters.items() if isinstance(h.value, Live)}
         return state_type(self.fields, tuple(live.items()))
 
+    def __reduce__(self) -> Any:
+        return Program, (self.stages,)
+
     def __repr__(self) -> str:
         if not self.stages:
             return "identity()"

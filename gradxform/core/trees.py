@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from typing import Any, NoReturn
 
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+_BOX = jax.tree_util.GetAttrKey("value")
 
 Path = tuple[Any, ...]
 Aval = tuple[tuple[int, ...], np.dtype[Any] | None]
@@ -20,13 +23,14 @@ def concrete(value: Any) -> bool:
 
 
 def aval(leaf: Any) -> Aval:
-    """Shape and dtype of a leaf; dtype None if it is no array or number."""
-    try:
+    """Shape and dtype of a leaf as JAX will see it; dtype None if it is no array or number."""
+    if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype
-    except AttributeError:
-        if isinstance(leaf, float | complex | int) and not isinstance(leaf, bool):
-            return (), np.dtype(jnp.result_type(leaf))
-        return (), None
+    if isinstance(leaf, float | complex | int) and not isinstance(leaf, bool):
+        return (), np.dtype(jnp.result_type(leaf))
+    if isinstance(leaf, np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    return (), None
 
 
 def dtype_of(leaf: Any) -> np.dtype[Any]:
@@ -112,8 +116,14 @@ def name_leaf(argument: str, structure: Any, index: int) -> str:
 
 @functools.lru_cache(maxsize=64)
 def paths(structure: Any) -> tuple[str, ...]:
-    """The leaves' paths as people write them: ``dense/kernel``."""
-    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in _key_paths(structure))
+    """The leaves' paths as people write them: ``dense/kernel``, without the ``value`` of a box such as `nnx.Param`."""
+    keys = _key_paths(structure)
+    siblings = collections.Counter(path[:-1] for path in keys)
+    boxed = [path[-1:] == (_BOX,) and siblings[path[:-1]] == 1 for path in keys]
+    return tuple(
+        jax.tree_util.keystr(path[:-1] if box else path, simple=True, separator="/")
+        for path, box in zip(keys, boxed, strict=True)
+    )
 
 
 def describe(leaf: Any) -> str:

@@ -12,7 +12,7 @@ from gradxform.transforms.scaling import scale_by_learning_rate
 
 def adagrad(
     learning_rate: Numeric,
-    initial_accumulator_value: float = 0.0,
+    initial_accumulator_value: Numeric = 0.0,
     eps: Numeric = 1e-7,
     *,
     eps_in_sqrt: bool = False,

@@ -14,7 +14,7 @@ def rmsprop(
     learning_rate: Numeric,
     decay: Numeric = 0.9,
     eps: Numeric = 1e-8,
-    initial_scale: float = 0.0,
+    initial_scale: Numeric = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
     momentum: Numeric | None = None,

@@ -16,7 +16,7 @@ def sgd(
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     *,
-    dampening: Numeric = 0.0,
+    dampening: Numeric | None = None,
 ) -> Transformation:
     """θ ← θ − α·g;  with momentum: m ← β·m + (1 − τ)·g,  θ ← θ − α·m
 
@@ -28,7 +28,7 @@ def sgd(
       momentum: β in [0, 1) of the heavy ball; None for none. For the moving average see `momentum`.
       nesterov: Look one step ahead; see `scale_by_momentum`. Needs ``momentum``.
       accumulator_dtype: Dtype of the momentum; see `scale_by_momentum`.
-      dampening: τ in [0, 1]; see `scale_by_momentum`.
+      dampening: τ in [0, 1], 0 if None; see `scale_by_momentum`. Needs ``momentum``.
 
     Raises:
       TypeError, ValueError: if a number is out of its range, or an option lacks its ``momentum``.
@@ -46,9 +46,10 @@ def sgd(
       [0. 0.]
     """
     if momentum is None:
-        if nesterov or accumulator_dtype is not None or dampening != 0.0:
+        if nesterov or accumulator_dtype is not None or dampening is not None:
             raise ValueError("nesterov, accumulator_dtype and dampening act on the momentum: give momentum=")
         return scale_by_learning_rate(learning_rate)
     beta = fraction(momentum, "momentum")
-    heavy_ball = scale_by_momentum(beta, dampening=dampening, nesterov=nesterov, state_dtype=accumulator_dtype)
+    damped = 0.0 if dampening is None else dampening
+    heavy_ball = scale_by_momentum(beta, dampening=damped, nesterov=nesterov, state_dtype=accumulator_dtype)
     return chain(heavy_ball, scale_by_learning_rate(learning_rate))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform.core.hyperparameters import Numeric, fraction, non_negative, non_negative_number
+from gradxform.core.hyperparameters import Numeric, fraction, non_negative
 from gradxform.core.lift import Transformation, identity, lift
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, smallest_normal
@@ -21,7 +20,7 @@ def normalize_by_rms(
     debias: bool = False,
     eps_root: Numeric = 0.0,
     centered: bool = False,
-    initial_scale: float = 0.0,
+    initial_scale: Numeric = 0.0,
     state_dtype: Any = None,
 ) -> Transformation:
     """v ← γ·v + (1 − γ)·|u|²,  u ← of(u) / (√v + ε)
@@ -34,11 +33,11 @@ def normalize_by_rms(
       decay: γ in [0, 1); 0 divides each element by its own magnitude.
       eps: ε ≥ 0, outside the root.
       of: The numerator, made of transformations that act on one array at a time; default the update itself.
-      debias: Divide v by 1 − γᵗ, the sum of its weights.
+      debias: Divide v, and the average of ``centered``, by 1 − γᵗ, the sum of its weights.
       eps_root: ε ≥ 0 inside the root: √(v + ε).
       centered: Subtract the square of the moving average of u (state ``mu``): the standard deviation in
         place of the RMS.
-      initial_scale: What v starts from.
+      initial_scale: What v starts from; the state ``nu`` is v without it.
       state_dtype: Dtype of the state ``nu``, shaped like the parameters and real for complex ones; default
         float32 (float64 for float64 leaves).
 
@@ -57,16 +56,17 @@ def normalize_by_rms(
       [ 1. -1.  0.]
     """
     return lift(
-        _Moments(non_negative_number("initial_scale", initial_scale), centered),
+        _variance_and_mean if centered else _variance,
         _divide_by_rms,
         constructor=normalize_by_rms,
-        prepare=_correction,
+        prepare=_prepare,
         decay=fraction(decay),
         eps=non_negative(eps),
         eps_root=non_negative(eps_root),
         of=identity() if of is None else of,
         debias=debias,
         centered=centered,
+        initial_scale=non_negative(initial_scale),
         state_dtype=state_dtype,
     )
 
@@ -76,7 +76,7 @@ def normalize_by_rss(
     *,
     of: Transformation | None = None,
     eps_root: Numeric = 0.0,
-    initial_accumulator_value: float = 0.0,
+    initial_accumulator_value: Numeric = 0.0,
     state_dtype: Any = None,
 ) -> Transformation:
     """v ← v + |u|²,  u ← of(u) / (√v + ε): the root of the sum of squares, which AdaGrad divides by.
@@ -85,7 +85,7 @@ def normalize_by_rss(
       eps: ε ≥ 0, outside the root.
       of: See `normalize_by_rms`.
       eps_root: ε ≥ 0 inside the root.
-      initial_accumulator_value: What v starts from.
+      initial_accumulator_value: What v starts from; the state ``nu`` is v without it.
       state_dtype: See `normalize_by_rms`.
 
     Raises:
@@ -103,55 +103,54 @@ def normalize_by_rss(
       [0.8 0.8]
     """
     return lift(
-        _Moments(non_negative_number("initial_accumulator_value", initial_accumulator_value), centered=False),
+        _variance,
         _divide_by_rss,
         constructor=normalize_by_rss,
         eps=non_negative(eps),
         eps_root=non_negative(eps_root),
+        initial_accumulator_value=non_negative(initial_accumulator_value),
         of=identity() if of is None else of,
         state_dtype=state_dtype,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Moments:
-    """nu starts at `start`; mu, where the mean is subtracted, at zero."""
-
-    start: float
-    centered: bool
-
-    def __call__(self, param: Array) -> Slots:
-        nu = jnp.full_like(param, self.start, dtype=real_dtype(param.dtype))
-        return {"nu": nu, "mu": jnp.zeros_like(param)} if self.centered else {"nu": nu}
+def _variance(param: Array) -> Slots:
+    return {"nu": jnp.zeros_like(param, dtype=real_dtype(param.dtype))}
 
 
-def _correction(step: Step) -> dict[str, Any]:
-    return {"factor": 1 / one_minus_power(step.decay, step.number)} if step.debias else {}
+def _variance_and_mean(param: Array) -> Slots:
+    return {**_variance(param), "mu": jnp.zeros_like(param)}
+
+
+def _prepare(step: Step) -> dict[str, Any]:
+    """What v is multiplied by, and what is added to it inside the root."""
+    weight = one_minus_power(step.decay, step.number)
+    factor = 1 / weight if step.debias else 1.0
+    return {"factor": factor, "inside": step.eps_root + factor * (1 - weight) * step.initial_scale}
 
 
 def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     update = clamp(update, largest_square(update.dtype))
     direction, of = step.of(update, state["of"], param)
-    new = {"nu": lerp(state["nu"], abs_squared(update), 1 - step.decay), "of": of}
-    variance = new["nu"]
-    if step.centered:
-        new["mu"] = lerp(state["mu"], update, 1 - step.decay)
-        variance = jnp.maximum(variance - abs_squared(new["mu"]), 0)
-    if step.debias:
-        variance = variance * step.factor
-    return _quotient(direction, variance, step), new
+    nu = lerp(state["nu"], abs_squared(update), 1 - step.decay)
+    if not step.centered:
+        return _quotient(direction, nu * step.factor + step.inside, step.eps), {"nu": nu, "of": of}
+    mu = lerp(state["mu"], update, 1 - step.decay)
+    variance = jnp.maximum(nu * step.factor - abs_squared(mu * step.factor), 0) + step.inside
+    return _quotient(direction, variance, step.eps), {"nu": nu, "mu": mu, "of": of}
 
 
 def _divide_by_rss(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     update = clamp(update, largest_square(update.dtype))
     direction, of = step.of(update, state["of"], param)
     nu = jnp.minimum(state["nu"] + abs_squared(update), jnp.finfo(update.dtype).max)
-    return _quotient(direction, nu, step), {"nu": nu, "of": of}
+    inside = step.initial_accumulator_value + step.eps_root
+    return _quotient(direction, nu + inside, step.eps), {"nu": nu, "of": of}
 
 
-def _quotient(direction: Array, variance: Array, step: Step) -> Array:
-    """direction / (√(variance + eps_root) + eps), with 0/0 = 0."""
-    divisor = jnp.sqrt(variance + step.eps_root) + step.eps
-    if isinstance(step.eps, float) and step.eps >= smallest_normal(variance.dtype):
+def _quotient(direction: Array, variance: Array, eps: Any) -> Array:
+    """direction / (√variance + eps), with 0/0 = 0."""
+    divisor = jnp.sqrt(variance) + eps
+    if isinstance(eps, float) and eps >= smallest_normal(variance.dtype):
         return direction / divisor
     return jnp.where(divisor > 0, direction / jnp.where(divisor > 0, divisor, 1), 0)
