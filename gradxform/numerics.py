@@ -49,8 +49,11 @@ def clamp(x: Array, limit: float) -> Array:
 
 
 def lerp(old: Array, new: Array, weight: Any) -> Array:
-    """old + weight·(new − old): exact where old = new, and accurate for small weights."""
-    return old + weight * (new - old)
+    """old + weight·(new − old), from whichever end is nearer: exact where old = new and for weights 0 and 1."""
+    near_old, near_new = old + weight * (new - old), new - (1 - weight) * (new - old)
+    if isinstance(weight, float):
+        return near_old if weight <= 0.5 else near_new
+    return jnp.where(weight <= 0.5, near_old, near_new)
 
 
 def abs_squared(x: Array) -> Array:

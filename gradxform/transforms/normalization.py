@@ -37,7 +37,7 @@ def normalize_by_rms(
       eps_root: ε ≥ 0 inside the root: √(v + ε).
       centered: Subtract the square of the moving average of u (state ``mu``): the standard deviation in
         place of the RMS.
-      initial_scale: What v starts from; the state ``nu`` is v without it.
+      initial_scale: What v starts from, at the first update.
       state_dtype: Dtype of the state ``nu``, shaped like the parameters and real for complex ones; default
         float32 (float64 for float64 leaves).
 
@@ -59,7 +59,7 @@ def normalize_by_rms(
         _variance_and_mean if centered else _variance,
         _divide_by_rms,
         constructor=normalize_by_rms,
-        prepare=_prepare,
+        prepare=_prepare_rms,
         decay=fraction(decay),
         eps=non_negative(eps),
         eps_root=non_negative(eps_root),
@@ -85,7 +85,7 @@ def normalize_by_rss(
       eps: ε ≥ 0, outside the root.
       of: See `normalize_by_rms`.
       eps_root: ε ≥ 0 inside the root.
-      initial_accumulator_value: What v starts from; the state ``nu`` is v without it.
+      initial_accumulator_value: What v starts from, at the first update.
       state_dtype: See `normalize_by_rms`.
 
     Raises:
@@ -106,6 +106,7 @@ def normalize_by_rss(
         _variance,
         _divide_by_rss,
         constructor=normalize_by_rss,
+        prepare=_prepare_rss,
         eps=non_negative(eps),
         eps_root=non_negative(eps_root),
         initial_accumulator_value=non_negative(initial_accumulator_value),
@@ -122,35 +123,37 @@ def _variance_and_mean(param: Array) -> Slots:
     return {**_variance(param), "mu": jnp.zeros_like(param)}
 
 
-def _prepare(step: Step) -> dict[str, Any]:
-    """What v is multiplied by, and what is added to it inside the root."""
-    weight = one_minus_power(step.decay, step.number)
-    factor = 1 / weight if step.debias else 1.0
-    return {"factor": factor, "inside": step.eps_root + factor * (1 - weight) * step.initial_scale}
+def _prepare_rms(step: Step) -> dict[str, Any]:
+    """What v starts from, at the first step only, and the factor that undoes its pull towards zero."""
+    factor = 1 / one_minus_power(step.decay, step.number) if step.debias else 1.0
+    return {"start": jnp.where(step.number == 1, step.initial_scale, 0.0), "factor": factor}
+
+
+def _prepare_rss(step: Step) -> dict[str, Any]:
+    return {"start": jnp.where(step.number == 1, step.initial_accumulator_value, 0.0)}
 
 
 def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     update = clamp(update, largest_square(update.dtype))
     direction, of = step.of(update, state["of"], param)
-    nu = lerp(state["nu"], abs_squared(update), 1 - step.decay)
+    nu = lerp(state["nu"] + step.start, abs_squared(update), 1 - step.decay)
     if not step.centered:
-        return _quotient(direction, nu * step.factor + step.inside, step.eps), {"nu": nu, "of": of}
+        return _quotient(direction, nu * step.factor, step), {"nu": nu, "of": of}
     mu = lerp(state["mu"], update, 1 - step.decay)
-    variance = jnp.maximum(nu * step.factor - abs_squared(mu * step.factor), 0) + step.inside
-    return _quotient(direction, variance, step.eps), {"nu": nu, "mu": mu, "of": of}
+    variance = jnp.maximum(nu * step.factor - abs_squared(mu * step.factor), 0)
+    return _quotient(direction, variance, step), {"nu": nu, "mu": mu, "of": of}
 
 
 def _divide_by_rss(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     update = clamp(update, largest_square(update.dtype))
     direction, of = step.of(update, state["of"], param)
-    nu = jnp.minimum(state["nu"] + abs_squared(update), jnp.finfo(update.dtype).max)
-    inside = step.initial_accumulator_value + step.eps_root
-    return _quotient(direction, nu + inside, step.eps), {"nu": nu, "of": of}
+    nu = jnp.minimum(state["nu"] + step.start + abs_squared(update), jnp.finfo(update.dtype).max)
+    return _quotient(direction, nu, step), {"nu": nu, "of": of}
 
 
-def _quotient(direction: Array, variance: Array, eps: Any) -> Array:
-    """direction / (√variance + eps), with 0/0 = 0."""
-    divisor = jnp.sqrt(variance) + eps
-    if isinstance(eps, float) and eps >= smallest_normal(variance.dtype):
+def _quotient(direction: Array, variance: Array, step: Step) -> Array:
+    """direction / (√(variance + eps_root) + eps), with 0/0 = 0."""
+    divisor = jnp.sqrt(variance + step.eps_root) + step.eps
+    if isinstance(step.eps, float) and step.eps >= smallest_normal(variance.dtype):
         return direction / divisor
     return jnp.where(divisor > 0, direction / jnp.where(divisor > 0, divisor, 1), 0)
