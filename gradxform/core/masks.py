@@ -84,10 +84,10 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
         return Pattern(re.compile(mask))
     if callable(mask):
         return Predicate(cast(Callable[[str, Any], bool], mask))
-    if isinstance(mask, jax.Array):
+    if isinstance(mask, bool | np.bool_ | jax.Array):
         raise TypeError(
-            f"mask is a single array, {mask}; give a tree of booleans, a callable or a pattern. "
-            "optax.inject_hyperparams calls a mask as if it were a schedule: name it in static_args"
+            f"mask is the single value {mask}; give a tree of booleans, a callable or a pattern "
+            "(optax.inject_hyperparams calls a mask as if it were a schedule: name it in static_args)"
         )
     leaves, structure = jax.tree.flatten(mask)
     return BooleanTree(structure, tuple(_boolean("every leaf of mask", leaf) for leaf in leaves))

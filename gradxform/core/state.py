@@ -84,23 +84,24 @@ def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **na
         matches = [place for key, place in places.items() if name in (key, place[1])]
         if not matches:
             raise KeyError(f"no hyperparameter {name!r} in this state; it has {', '.join(places) or 'none'}")
+        if any(_foreign(holder) for holder, _ in matches):  # it feeds what our states within it only show
+            matches = [(holder, local) for holder, local in matches if _foreign(holder) or local in holder.settable]
         for holder, local in matches:
             new[id(holder), local] = _checked(name, value, holder, local)
     return _replace(state, new)
 
 
-def _checked(name: str, value: Any, holder: Any, local: str) -> jax.Array:
+def _checked(name: str, value: Any, holder: Any, local: str) -> Any:
     old = holder.hyperparams[local]
-    settable = getattr(holder, "settable", None)
-    if settable is not None:
-        if local not in settable:
+    if not _foreign(holder):
+        if local not in holder.settable:
             raise ValueError(
                 f"{name} is fixed by the optimizer; build it with {local}=gx.live(…) to set it in the state"
             )
-        check_range(name, value, settable[local])
+        check_range(name, value, holder.settable[local])
     if jnp.shape(value) != jnp.shape(old):
         raise ValueError(f"{name} must have shape {jnp.shape(old)}, got {jnp.shape(value)}")
-    return jnp.asarray(value, dtype=jnp.asarray(old).dtype)
+    return jax.tree.structure(old).unflatten([jnp.asarray(value, dtype=jnp.asarray(old).dtype)])
 
 
 def _located(state: Any) -> dict[str, tuple[Any, str]]:
@@ -122,6 +123,11 @@ def _holders(state: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 def _holds(state: Any) -> bool:
     return "hyperparams" in getattr(state, "_fields", ()) and isinstance(state.hyperparams, dict)
+
+
+def _foreign(holder: Any) -> bool:
+    """Whether the hyperparameters are another library's, such as those of optax.inject_hyperparams."""
+    return not hasattr(holder, "settable")
 
 
 def _holds_below(state: Any) -> Callable[[Any], bool]:
