@@ -29,7 +29,8 @@ def aval(leaf: Any) -> Aval:
     if isinstance(leaf, float | complex | int) and not isinstance(leaf, bool):
         return (), np.dtype(jnp.result_type(leaf))
     if isinstance(leaf, np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+        canonical: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+        return leaf.shape, canonical
     return (), None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.hyperparameters import Numeric
+from gradxform.core.hyperparameters import Numeric, non_negative
 from gradxform.core.lift import Transformation, chain
 from gradxform.transforms.normalization import normalize_by_rss
 from gradxform.transforms.scaling import scale_by_learning_rate
@@ -38,7 +38,8 @@ def adagrad(
       >>> gx.adagrad(0.1)
       chain(normalize_by_rss(1e-07), scale_by_learning_rate(0.1))
     """
-    outside, inside = (0.0, eps) if eps_in_sqrt else (eps, 0.0)
+    epsilon = non_negative(eps, "eps")
+    outside, inside = (0.0, epsilon) if eps_in_sqrt else (epsilon, 0.0)
     normalize = normalize_by_rss(
         outside, eps_root=inside, initial_accumulator_value=initial_accumulator_value, state_dtype=state_dtype
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.hyperparameters import Numeric, fraction
+from gradxform.core.hyperparameters import Numeric, non_negative
 from gradxform.core.lift import Transformation, chain
 from gradxform.optimizers.sgd import sgd
 from gradxform.transforms.normalization import normalize_by_rms
@@ -48,9 +48,10 @@ def rmsprop(
       >>> gx.rmsprop(0.1, eps_in_sqrt=False)
       chain(normalize_by_rms(0.9, eps=1e-08), scale_by_learning_rate(0.1))
     """
-    outside, inside = (0.0, eps) if eps_in_sqrt else (eps, 0.0)
+    epsilon = non_negative(eps, "eps")
+    outside, inside = (0.0, epsilon) if eps_in_sqrt else (epsilon, 0.0)
     normalize = normalize_by_rms(
-        fraction(decay),
+        decay,
         outside,
         eps_root=inside,
         debias=bias_correction,

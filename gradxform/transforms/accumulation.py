@@ -73,7 +73,7 @@ class _Accumulate:
         mean = _RUNNING_MEAN.init(params)
         return AccumulateState(pending=mean.count, mean=mean.mean, inner=self.tx.init(params))
 
-    def update(self, updates: Any, state: AccumulateState, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if not isinstance(state, AccumulateState):
             raise TypeError(f"state is {type(state).__name__}, accumulate's is AccumulateState; pass what it returned")
         gathered = _RUNNING_MEAN.init(())._replace(count=state.pending, mean=state.mean)
