@@ -125,8 +125,9 @@ def draw(curves, path):
             steps, losses, accuracies = rows.T
             left.semilogy(steps, losses, color=OPTIMIZERS[name][0], lw=2, label=name)
             right.plot(steps, accuracies, color=OPTIMIZERS[name][0], lw=2)
-        left.set(title="Training loss", xlabel="step (one mini-batch)", xlim=(0, steps[-1]))
-        right.set(title="Test accuracy", xlabel="step (one mini-batch)", xlim=(0, steps[-1]), ylim=(0.8, 1))
+        label = f"mini-batches seen; GD steps once in {BATCHES}"
+        left.set(title="Training loss", xlabel=label, xlim=(0, steps[-1]))
+        right.set(title="Test accuracy", xlabel=label, xlim=(0, steps[-1]), ylim=(0.8, 1))
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
         for axes in (left, right):
             axes.grid(color="#e8e8e8")

@@ -1,6 +1,6 @@
 """What each idea adds to gradient descent, in six small pictures.
 
-    python examples/landscape.py            # half a minute
+    python examples/landscape.py            # a quarter of a minute
     python examples/landscape.py --quick    # fewer noisy runs
 
 Every title is a claim. The numbers behind it are printed, and the exit code is 1 if one of them fails.

@@ -71,7 +71,7 @@ def live(value: float | jax.Array) -> Live:
       >>> print(updates)
       [-0.5 -0.5]
     """
-    return Live(_number("live(value)", value))
+    return Live(number("live(value)", value))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class Hyperparameter:
         if isinstance(value, Live):
             self._check(name, value.value)
         elif not callable(value):
-            value = _number(name, value)
+            value = number(name, value)
             self._check(name, value)
         return Hyperparameter(value, self.within, name)
 
@@ -133,18 +133,61 @@ def ranged(value: Numeric, within: Range, name: str | None = None) -> Hyperparam
 
 
 def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
-    """A hyperparameter in [0, 1)."""
+    """A hyperparameter in [0, 1), such as a decay, for the arguments of `lift`.
+
+    Args:
+      value: A number, 0-d array, schedule or `live` value; a number out of range raises in `lift`.
+      name: What users call it, where that is not the argument's name in `lift`.
+
+    Example:
+      >>> import gradxform as gx
+      >>> gx.adam(0.1, b1=1.0)
+      Traceback (most recent call last):
+      ValueError: b1 must be in [0, 1), got 1.0
+    """
     return ranged(value, Range(0.0, 1.0), name)
 
 
 def non_negative(value: Numeric, name: str | None = None) -> Hyperparameter:
-    """A hyperparameter in [0, inf)."""
+    """A hyperparameter in [0, inf), such as a learning rate, for the arguments of `lift`.
+
+    Args:
+      value, name: See `fraction`.
+
+    Example: see `fraction`.
+    """
     return ranged(value, Range(0.0, math.inf), name)
 
 
 def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
-    """A hyperparameter in (0, inf)."""
+    """A hyperparameter in (0, inf), such as a bound, for the arguments of `lift`.
+
+    Args:
+      value, name: See `fraction`.
+
+    Example: see `fraction`.
+    """
     return ranged(value, Range(0.0, math.inf, closed_low=False), name)
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False, and nothing that merely acts like it."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {_describe(value)}")
+    return bool(value)
+
+
+def float_dtype(name: str, value: Any) -> np.dtype[Any] | None:
+    """A real floating-point dtype, or None for the default."""
+    if value is None:
+        return None
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be a real floating-point dtype, got {value!r}")
+    return dtype
 
 
 def check_range(name: str, value: Any, within: Range) -> None:
@@ -170,7 +213,7 @@ def evaluate(parameter: Hyperparameter, stored: Mapping[str, jax.Array], name: s
     if isinstance(value, Live):
         value = stored.get(name, value.value)
     elif callable(value):
-        value = _scalar(f"the schedule for {name}", value(count))
+        value = _scheduled(f"the schedule for {name}", value, count)
     return jnp.asarray(value, dtype=visible_dtype())
 
 
@@ -179,27 +222,32 @@ def visible_dtype() -> np.dtype[Any]:
     return np.dtype(jnp.result_type(float))
 
 
-def _scalar(name: str, value: Any) -> Any:
-    """`value` if it is one real number or a tracer of one."""
-    shape, dtype = trees.aval(value)
+def number(name: str, value: Any) -> float | jax.Array:
+    """`value` as a Python float, or as the 0-d array or tracer it is."""
+    check_real(name, value)
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
+    return value if isinstance(value, jax.Array) else float(value)
+
+
+def check_real(name: str, value: Any) -> None:
+    """Raise unless `value` is real and, if an array, of at least float32."""
+    _, dtype = trees.aval(value)
     if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number, a 0-d array or a schedule, got {_describe(value)}")
-    if shape != ():
-        raise ValueError(f"{name} must be a scalar, got shape {shape}")
     if isinstance(value, jax.Array) and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
         raise TypeError(
             f"{name} arrives as {dtype}, which rounds 0.999 to 1; pass a Python number or at least float32 "
             "(optax.inject_hyperparams takes hyperparam_dtype=jnp.float32; gx.live needs nothing)"
         )
-    return value
 
 
-def _number(name: str, value: Any) -> float | jax.Array:
-    """`value` as a Python float, or as the array or tracer it is."""
-    if callable(value) or isinstance(value, Live):
-        raise TypeError(f"{name} must be a number or a 0-d array, got {_describe(value)}")
-    _scalar(name, value)
-    return value if isinstance(value, jax.Array) else float(value)
+def _scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:
+    try:
+        value = schedule(count)
+    except TypeError as error:
+        raise TypeError(f"{name} failed at schedule(step): {error}") from error
+    return number(name, value)
 
 
 def _describe(value: Any) -> str:

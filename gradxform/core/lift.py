@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import numpy as np
 import optax
 
-from gradxform.core import trees
-from gradxform.core.hyperparameters import Hyperparameter
+from gradxform.core.hyperparameters import Hyperparameter, float_dtype
 from gradxform.core.masks import MaskLike, mask_of
 from gradxform.core.program import Foreign, Program, Stage
 from gradxform.core.rules import Array, Branch, Rule, Slots, Step
@@ -87,7 +85,8 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
       >>> gx.chain(gx.clip_by_global_norm(1.0), gx.scale_by_learning_rate(0.1))
       chain(clip_by_global_norm(1.0), scale_by_learning_rate(0.1))
     """
-    return Transformation.of(Program(tuple(s for i, tx in enumerate(transformations) for s in _stages(i, tx))))
+    named = ((f"argument {i} of chain", tx) for i, tx in enumerate(transformations, start=1))
+    return Transformation.of(Program(tuple(stage for name, tx in named for stage in _stages(name, tx))))
 
 
 def identity() -> Transformation:
@@ -160,10 +159,9 @@ def lift(
     if measure is not None and mask is not None:
         raise TypeError("a rule that measures every leaf takes no mask; leave mask or measure out")
     name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
-    if state_dtype is not None and not trees.trainable(state_dtype := np.dtype(state_dtype)):
-        raise TypeError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
     rule = Rule(
-        name, constructor, init, update, prepare, measure, gather, mask_of(mask), needs_params, state_dtype,
+        name, constructor, init, update, prepare, measure, gather, mask_of(mask), needs_params,
+        float_dtype("state_dtype", state_dtype),
         tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
     )  # fmt: skip
     return Transformation.of(Program((rule,)))
@@ -171,7 +169,7 @@ def lift(
 
 def _argument(rule: str, key: str, value: Any) -> Any:
     if isinstance(value, optax.GradientTransformation):
-        stages = _stages(0, value)
+        stages = _stages(key, value)
         for stage in stages:
             if isinstance(stage, Foreign) or stage.measure:
                 raise TypeError(
@@ -185,9 +183,14 @@ def _argument(rule: str, key: str, value: Any) -> Any:
     return parameter.named(key)
 
 
-def _stages(position: int, tx: Any) -> tuple[Stage, ...]:
+def branch(name: str, tx: Any) -> Transformation:
+    """A transformation for a rule to apply to its own input; None is the identity."""
+    return chain() if tx is None else Transformation.of(Program(_stages(name, tx)))
+
+
+def _stages(name: str, tx: Any) -> tuple[Stage, ...]:
     if isinstance(tx, Transformation) and isinstance(tx.body, Program):
         return tx.body.stages
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
         return (Foreign(tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx)),)
-    raise TypeError(f"argument {position + 1} of chain must be a transformation, an (init, update) pair, got {tx!r}")
+    raise TypeError(f"{name} must be a transformation, an (init, update) pair, got {tx!r}")

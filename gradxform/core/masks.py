@@ -81,7 +81,7 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
     if mask is None:
         return None
     if isinstance(mask, str | re.Pattern):
-        return Pattern(re.compile(mask))
+        return Pattern(_compiled(mask))
     if callable(mask):
         return Predicate(cast(Callable[[str, Any], bool], mask))
     if isinstance(mask, bool | np.bool_ | jax.Array):
@@ -91,6 +91,13 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
         )
     leaves, structure = jax.tree.flatten(mask)
     return BooleanTree(structure, tuple(_boolean("every leaf of mask", leaf) for leaf in leaves))
+
+
+def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"mask {pattern!r} is no regular expression: {error}") from None
 
 
 def _boolean(name: str, value: Any) -> bool:

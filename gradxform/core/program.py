@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradxform.core import passes, trees
@@ -151,9 +152,12 @@ class Program:
                 f"state is {type(state).__name__}{getattr(state, '_fields', '')}, this transformation's is "
                 f"State{expected}; pass what its own init or update returned"
             )
+        trees.check_scalar("state.count", state.count, np.integer)
         visible = [name for name, h in self.hyperparameters.items() if h.visible]
         if sorted(state.hyperparams) != sorted(visible):
             raise ValueError(
                 f"state.hyperparams has {sorted(state.hyperparams)}, this transformation has {sorted(visible)}; "
                 "pass what its own init or update returned"
             )
+        for name in visible:
+            trees.check_scalar(f"state.hyperparams[{name!r}]", state.hyperparams[name], np.floating)

@@ -54,7 +54,13 @@ class Branch:
 
 
 def no_slots(param: Array) -> Slots:
-    """The `init` of a rule without state."""
+    """{}: the `init` of a rule without state.
+
+    Args:
+      param: The parameter; not looked at.
+
+    Example: see `lift`.
+    """
     return {}
 
 
@@ -165,14 +171,23 @@ def run(
     """Apply `rules` to one array, one after the other."""
     new_state = []
     for rule, prepared, slots in zip(rules, scalars.prepared, state, strict=True):
-        shape = update.shape
-        update, new_slots = rule.update(update, slots, param, step_of(rule, scalars, prepared))
-        if update.shape != shape:
-            raise ValueError(f"{rule.name} turned an update of shape {shape} into {update.shape}; the shape must stay")
+        new_update, new_slots = rule.update(update, slots, param, step_of(rule, scalars, prepared))
+        _check_kept(rule, "an update", update, new_update)
         if new_slots.keys() != slots.keys():
             raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
+        for name in slots.keys() - dict(rule.branches).keys():
+            _check_kept(rule, f"the state {name}", slots[name], new_slots[name])
+        update = new_update
         new_state.append(new_slots)
     return update, tuple(new_state)
+
+
+def _check_kept(rule: Rule, what: str, old: Array, new: Array) -> None:
+    """Raise if a rule changes a shape, or makes complex what was real."""
+    if new.shape != old.shape:
+        raise ValueError(f"{rule.name} turned {what} of shape {old.shape} into {new.shape}; the shape must stay")
+    if is_complex(new.dtype) and not is_complex(old.dtype):
+        raise TypeError(f"{rule.name} turned {what} of {old.dtype} into {new.dtype}; real must stay real")
 
 
 def step_of(rule: Rule, scalars: Scalars, prepared: Mapping[str, Any] | None = None) -> Step:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from gradxform.core.hyperparameters import Range, check_range
+from gradxform.core.hyperparameters import Range, check_range, check_real
 
 
 @functools.cache
@@ -93,6 +93,7 @@ def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **na
 
 def _checked(name: str, value: Any, holder: Any, local: str) -> Any:
     old = holder.hyperparams[local]
+    check_real(name, value)
     if not _foreign(holder):
         if local not in holder.settable:
             raise ValueError(

@@ -100,10 +100,21 @@ def check_update(argument: str, update: Any, param: Any, structure: Any, index: 
     raise TypeError(f"{name} is {dtype}, {param_name} is {param_dtype}; take the real part of the gradient first")
 
 
+def check_scalar(argument: str, value: Any, kind: Any) -> None:
+    """Raise unless `value` is a 0-d array of this kind of dtype."""
+    shape, dtype = aval(value)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, kind):
+        raise ValueError(
+            f"{argument} is {describe(value)}, it must be a scalar ({kind.__name__}); "
+            "a state of several runs goes through jax.vmap"
+        )
+
+
 def check_slot(argument: str, slot: Any, expected: Aval, structure: Any, index: int, check_dtype: bool) -> None:
     """Raise unless a moment has the shape and dtype that `init` gives it."""
     shape, dtype = aval(slot)
-    if shape != expected[0] or (check_dtype and dtype != expected[1]):
+    same = dtype == expected[1] if check_dtype else is_complex(dtype) == is_complex(expected[1])
+    if shape != expected[0] or not same:
         raise ValueError(
             f"{name_leaf(argument, structure, index)} is {describe(slot)}, for these parameters it is "
             f"{expected[1]}{list(expected[0])}; call init(params) again, or restore the state with its own dtypes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.hyperparameters import Numeric, non_negative
+from gradxform.core.hyperparameters import Numeric, flag, non_negative
 from gradxform.core.lift import Transformation, chain
 from gradxform.transforms.normalization import normalize_by_rss
 from gradxform.transforms.scaling import scale_by_learning_rate
@@ -39,7 +39,7 @@ def adagrad(
       chain(normalize_by_rss(1e-07), scale_by_learning_rate(0.1))
     """
     epsilon = non_negative(eps, "eps")
-    outside, inside = (0.0, epsilon) if eps_in_sqrt else (epsilon, 0.0)
+    outside, inside = (0.0, epsilon) if flag("eps_in_sqrt", eps_in_sqrt) else (epsilon, 0.0)
     normalize = normalize_by_rss(
         outside, eps_root=inside, initial_accumulator_value=initial_accumulator_value, state_dtype=state_dtype
     )

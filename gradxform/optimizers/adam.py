@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.hyperparameters import Numeric, fraction
+from gradxform.core.hyperparameters import Numeric, flag, float_dtype, fraction
 from gradxform.core.lift import Transformation, chain
 from gradxform.transforms.momentum import bias_correction, scale_by_momentum
 from gradxform.transforms.normalization import normalize_by_rms
@@ -77,8 +77,8 @@ def scale_by_adam(
       >>> gx.scale_by_adam(eps=0.0)
       normalize_by_rms(0.999, eps=0.0, of=chain(scale_by_momentum(0.9), bias_correction(0.9)), debias=True)
     """
-    beta, dtype = fraction(b1, "b1"), state_dtype if mu_dtype is None else mu_dtype
-    if nesterov:  # the two parts of the lookahead are corrected apart, so the momentum does it itself
+    beta, dtype = fraction(b1, "b1"), float_dtype("mu_dtype", mu_dtype) or state_dtype
+    if flag("nesterov", nesterov):  # the two parts of the lookahead are corrected apart, so the momentum does it itself
         first_moment = scale_by_momentum(beta, nesterov=True, debias=True, state_dtype=dtype)
     else:
         first_moment = chain(scale_by_momentum(beta, state_dtype=dtype), bias_correction(beta))

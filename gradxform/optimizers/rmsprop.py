@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.hyperparameters import Numeric, non_negative
+from gradxform.core.hyperparameters import Numeric, flag, non_negative
 from gradxform.core.lift import Transformation, chain
 from gradxform.optimizers.sgd import sgd
 from gradxform.transforms.normalization import normalize_by_rms
@@ -49,12 +49,12 @@ def rmsprop(
       chain(normalize_by_rms(0.9, eps=1e-08), scale_by_learning_rate(0.1))
     """
     epsilon = non_negative(eps, "eps")
-    outside, inside = (0.0, epsilon) if eps_in_sqrt else (epsilon, 0.0)
+    outside, inside = (0.0, epsilon) if flag("eps_in_sqrt", eps_in_sqrt) else (epsilon, 0.0)
     normalize = normalize_by_rms(
         decay,
         outside,
         eps_root=inside,
-        debias=bias_correction,
+        debias=flag("bias_correction", bias_correction),
         centered=centered,
         initial_scale=initial_scale,
         state_dtype=state_dtype,

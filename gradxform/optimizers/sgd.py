@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.hyperparameters import Numeric, fraction
+from gradxform.core.hyperparameters import Numeric, flag, float_dtype, fraction
 from gradxform.core.lift import Transformation, chain
 from gradxform.transforms.momentum import scale_by_momentum
 from gradxform.transforms.scaling import scale_by_learning_rate
@@ -46,10 +46,11 @@ def sgd(
       [0. 0.]
     """
     if momentum is None:
-        if nesterov or accumulator_dtype is not None or dampening is not None:
+        if flag("nesterov", nesterov) or accumulator_dtype is not None or dampening is not None:
             raise ValueError("nesterov, accumulator_dtype and dampening act on the momentum: give momentum=")
         return scale_by_learning_rate(learning_rate)
     beta = fraction(momentum, "momentum")
+    dtype = float_dtype("accumulator_dtype", accumulator_dtype)
     damped = 0.0 if dampening is None else dampening
-    heavy_ball = scale_by_momentum(beta, dampening=damped, nesterov=nesterov, state_dtype=accumulator_dtype)
+    heavy_ball = scale_by_momentum(beta, dampening=damped, nesterov=nesterov, state_dtype=dtype)
     return chain(heavy_ball, scale_by_learning_rate(learning_rate))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gradxform.core.hyperparameters import count_of
-from gradxform.core.lift import Transformation, chain, lift
+from gradxform.core.lift import Transformation, branch, lift
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.core.state import get_hyperparams
 from gradxform.core.trees import concrete
@@ -61,7 +61,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
       >>> print(first, second)
       [0.] [-2.]
     """
-    return Transformation.of(_Accumulate(chain(tx), count_of("every", every)))
+    return Transformation.of(_Accumulate(branch("tx of accumulate", tx), count_of("every", every)))
 
 
 @dataclasses.dataclass(frozen=True)

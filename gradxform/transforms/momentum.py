@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform.core.hyperparameters import Numeric, Range, fraction, ranged
+from gradxform.core.hyperparameters import Numeric, Range, flag, fraction, ranged
 from gradxform.core.lift import Transformation, lift
 from gradxform.core.rules import Array, Slots, Step, no_slots
 from gradxform.numerics import lerp, one_minus_power
@@ -46,7 +46,7 @@ def scale_by_momentum(
       >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
       [0.25 0.25]
     """
-    if debias and dampening is not None:
+    if debias is True and dampening is not None:
         raise ValueError("debias corrects the moving average; leave dampening out")
     return lift(
         _zeros,
@@ -55,8 +55,8 @@ def scale_by_momentum(
         prepare=_corrections if dampening is None else _weight,
         decay=fraction(decay),
         dampening=None if dampening is None else ranged(dampening, Range(0.0, 1.0, closed_high=True)),
-        nesterov=nesterov,
-        debias=debias,
+        nesterov=flag("nesterov", nesterov),
+        debias=flag("debias", debias),
         state_dtype=state_dtype,
     )
 

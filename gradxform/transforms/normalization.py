@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform.core.hyperparameters import Numeric, fraction, non_negative
-from gradxform.core.lift import Transformation, identity, lift
+from gradxform.core.hyperparameters import Numeric, flag, fraction, non_negative
+from gradxform.core.lift import Transformation, branch, lift
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, smallest_normal
 
@@ -63,9 +63,9 @@ def normalize_by_rms(
         decay=fraction(decay),
         eps=non_negative(eps),
         eps_root=non_negative(eps_root),
-        of=identity() if of is None else of,
-        debias=debias,
-        centered=centered,
+        of=branch("of", of),
+        debias=flag("debias", debias),
+        centered=flag("centered", centered),
         initial_scale=non_negative(initial_scale),
         state_dtype=state_dtype,
     )
@@ -110,7 +110,7 @@ def normalize_by_rss(
         eps=non_negative(eps),
         eps_root=non_negative(eps_root),
         initial_accumulator_value=non_negative(initial_accumulator_value),
-        of=identity() if of is None else of,
+        of=branch("of", of),
         state_dtype=state_dtype,
     )
 

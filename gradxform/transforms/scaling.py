@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradxform.core.hyperparameters import Numeric, Schedule, non_negative
+from gradxform.core.hyperparameters import FINITE, Numeric, Schedule, non_negative, ranged
 from gradxform.core.lift import Transformation, lift
 from gradxform.core.rules import Array, Slots, Step, no_slots
 
@@ -23,7 +23,7 @@ def scale(factor: Numeric) -> Transformation:
       >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
       [3. 3.]
     """
-    return lift(no_slots, _scale, constructor=scale, factor=factor)
+    return lift(no_slots, _scale, constructor=scale, factor=ranged(factor, FINITE))
 
 
 def scale_by_schedule(schedule: Schedule) -> Transformation:
