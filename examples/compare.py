@@ -5,7 +5,8 @@
     python examples/compare.py --search   # finds the learning rates below again, some minutes
 
 A small convolutional network learns scikit-learn's digits: 1344 images of 8 × 8 pixels for training, 453 for
-the test. All optimizers start at the same weights and see the same mini-batches.
+the test. All optimizers start at the same weights and see the same mini-batches, and each has its own learning
+rate: the one of a grid whose training loss, averaged over the run with seed 0, is the lowest.
 """
 
 import argparse
