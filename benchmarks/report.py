@@ -92,38 +92,36 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    timed = [row for row in rows if not row.exact]
-    groups = grouped(timed)
-    heights = [sum(len(row.values) - 1 for row in group) for _, group in groups]
-    figure, axes = plt.subplots(
-        len(groups), 1, figsize=(8, 1.2 + 0.2 * sum(heights) + 0.5 * len(groups)), sharex=True, squeeze=False,
-        height_ratios=heights, layout="constrained",
-    )  # fmt: skip
+    timed = [row for row in rows if not row.exact and row.figure not in ("trace", "lower")]
     names = [name for name in dict.fromkeys(name for row in timed for name in row.values) if name != OPTAX.name]
     colours = dict(zip(names, ("#0b6e99", "#e07b39", "#e9a675", "#f2cfb3"), strict=False))
-    for ax, (title, group) in zip(axes[:, 0], groups, strict=True):
-        bars = [(row, name) for row in group for name in names if name in row.values]
-        ratios = [row.ratio(name) or np.nan for row, name in bars]
-        ax.barh(range(len(bars)), np.subtract(ratios, 1), left=1, color=[colours[name] for _, name in bars])
-        labels = [row.figure if name == GRADXFORM.name else name for row, name in bars]
-        ax.set_yticks(range(len(bars)), labels, fontsize=8)
-        for y, ratio in enumerate(ratios):
-            ax.annotate(
-                f"{ratio:.2f}", (ratio, y), xytext=(4 if ratio > 1 else -4, 0), textcoords="offset points",
-                ha="left" if ratio > 1 else "right", va="center", fontsize=7,
-            )  # fmt: skip
-        ax.set(xscale="log")
+    groups = grouped(timed)
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(5.5 * columns, 0.8 + 2.1 * lines), sharex=True, squeeze=False, layout="constrained"
+    )
+    for ax, (title, group) in itertools.zip_longest(axes.flat, groups, fillvalue=("", [])):
         ax.set_title(title, loc="left", fontsize=9)
-        ax.invert_yaxis()
-        ax.margins(x=0.12)
-        ax.axvline(1, color="black", linewidth=1)
         ax.spines[["top", "right"]].set_visible(False)
-    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-    low, high = axes[-1, 0].get_xlim()
-    shown = [tick for tick in ticks if low <= tick <= high]
-    axes[-1, 0].set_xticks(shown, [f"{tick:g}" for tick in shown])
-    axes[-1, 0].minorticks_off()
-    axes[-1, 0].set_xlabel("time divided by optax's (left of the line is faster)")
+        ax.axvline(1, color="black", linewidth=1)
+        ax.set(xscale="log")
+        ax.margins(x=0.15)
+        bars = [(row, name, row.ratio(name) or np.nan) for row in group for name in names if name in row.values]
+        labels = [row.figure if name == GRADXFORM.name else name for row, name, _ in bars]
+        ax.set_yticks(range(len(bars)), labels, fontsize=8)
+        ax.invert_yaxis()
+        for y, (_, name, ratio) in enumerate(bars):
+            ax.barh(y, ratio - 1, left=1, color=colours[name])
+            side, shift = ("left", 4) if ratio > 1 else ("right", -4)
+            ax.annotate(
+                f"{ratio:.2f}", (ratio, y), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=7
+            )
+    low, high = axes[0, 0].get_xlim()
+    ticks = [x for x in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high]
+    axes[0, 0].set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes[0, 0].minorticks_off()
+    figure.supxlabel("time divided by optax's: left of the line is faster", fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     figure.legend(handles, names, loc="outside upper right", ncols=len(names), fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
@@ -133,7 +131,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 def _value(row: Row, library: str) -> str:
     values = row.values[library]
     if row.exact:
-        return f"{values[0]:.4g}"
+        return f"{values[0]:.3f}" if isinstance(values[0], float) else str(values[0])
     middle = float(np.median(values))
     unit, factor = ("s", 1) if middle >= 1 else ("ms", 1e3)
     digits = max(0, 2 - int(np.floor(np.log10(middle * factor))))

@@ -50,8 +50,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     names = "; ".join(workload.name for workload in FULL)
     parser = argparse.ArgumentParser(
-        description="Compare AdamW of gradxform with optax's and torch's. The full run takes about a quarter of an hour "
-        "on 2 CPUs and 6 GB of memory."
+        description="Compare AdamW of gradxform with optax's and torch's. The full run takes about a quarter of an "
+        "hour on 2 CPUs, and 6 GB of memory."
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: does it run?")
     parser.add_argument(

@@ -14,12 +14,14 @@ Tree: TypeAlias = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A named tree of shapes, and how often each kind of figure is taken on it."""
+    """A named tree of shapes, and the number of rounds for each kind of figure."""
 
     name: str
     shapes: Shapes
-    runs: int = 15
-    traces: int = 5
+    steps: int = 15
+    """The compiled step."""
+    repeats: int = 5
+    """What runs in Python: un-jitted calls, tracing, lowering."""
     compiles: int = 3
 
     @property
@@ -68,9 +70,9 @@ FULL = (
     Workload("one leaf, 16 M", {"leaf": (1 << 24,)}),
     Workload("GPT-2-like, 148 leaves, 47 M", gpt2_like(layers=12, width=512, vocabulary=16384, context=1024)),
     Workload("1000 small leaves", small_leaves(1000), compiles=2),
-    Workload("3000 small leaves", small_leaves(3000), runs=9, traces=3, compiles=1),
+    Workload("3000 small leaves", small_leaves(3000), steps=9, repeats=3, compiles=1),
 )
 QUICK = (
-    Workload("one small leaf", {"leaf": (1024,)}, runs=2, traces=2, compiles=1),
-    Workload("32 small leaves", small_leaves(32, distinct=2), runs=2, traces=2, compiles=1),
+    Workload("one small leaf", {"leaf": (1024,)}, steps=2, repeats=2, compiles=1),
+    Workload("32 small leaves", small_leaves(32, distinct=2), steps=2, repeats=2, compiles=1),
 )

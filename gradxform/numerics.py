@@ -37,15 +37,20 @@ def cast(x: Any, dtype: Any) -> Array:
     if jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(x.dtype, jnp.floating):
         largest = float(jnp.finfo(dtype).max)
         if largest < float(jnp.finfo(x.dtype).max):
-            x = clamp(x, largest)
+            x = jnp.where(jnp.isinf(x), x, clamp(x, largest))
     return jax.lax.convert_element_type(x, dtype)
 
 
 def clamp(x: Array, limit: float) -> Array:
-    """`x` within ±limit; infinities and NaN stay what they are, so that they are seen."""
+    """`x` within ±limit, infinities too; a complex `x` by its parts."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(clamp(x.real, limit / 2), clamp(x.imag, limit / 2))
-    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -limit, limit))
+    return jnp.clip(x, -limit, limit)
+
+
+def zero_if_finite(x: Array) -> Array:
+    """0 where `x` is finite, NaN where it is not: added, it lets a non-finite input be seen."""
+    return (x - x).real
 
 
 def lerp(old: Array, new: Array, weight: Any) -> Array:

@@ -154,6 +154,27 @@ def test_gradients_may_be_wider_than_params():
     assert_same(updates, [(jnp.asarray([1 / 3, 1e-30]) * jnp.float32(-0.1)).astype(jnp.bfloat16)])
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_foreign_stages_see_and_give_updates_in_the_dtype_of_the_params(position):
+    seen = []
+
+    def watch(updates: Any, params: Any) -> Any:
+        seen.append(updates.dtype)
+        return updates.astype(jnp.float16)
+
+    stages = [gx.scale(2.0), gx.scale_by_momentum(0.5)]
+    stages.insert(position, optax.stateless(watch))
+    params = jnp.zeros(2, jnp.bfloat16)
+    tx = gx.chain(*stages)
+    updates, _ = tx.update(jnp.ones(2, jnp.float32), tx.init(params), params)
+    assert (seen, updates.dtype) == ([jnp.bfloat16], jnp.bfloat16)
+
+
+def test_identity_gives_the_dtype_of_the_params():
+    updates, _ = walk(gx.identity(), jnp.zeros(2, jnp.bfloat16), jnp.ones((1, 2), jnp.float32), steps=1)
+    assert updates[0].dtype == jnp.bfloat16
+
+
 def test_an_update_too_large_for_the_params_becomes_the_largest_they_hold():
     updates, _ = walk(gx.sgd(0.1), jnp.zeros(2, jnp.float16), jnp.asarray([[1e30, -1e30]], jnp.float32), steps=1)
     assert_same(updates, [jnp.asarray([-65504, 65504], jnp.float16)])
@@ -246,9 +267,9 @@ def test_numpy_arrays_are_leaves(name, dtype, x64):
 @pytest.mark.parametrize("dtype", LOW, ids=lambda dtype: np.dtype(dtype).name)
 def test_apply_updates_rounds_once(dtype):
     eps = float(jnp.finfo(dtype).eps)
-    params, updates = jnp.ones(3, dtype), jnp.asarray([0.5 * eps, 0.51 * eps, 0.49 * eps], jnp.float32)
-    # 0.51·eps rounded to `dtype` first would still be more than half; a tie goes to the even neighbour, which is 1
-    assert_same(gx.apply_updates(params, updates), jnp.asarray([1.0, 1.0 + eps, 1.0], dtype))
+    # half of eps is a tie, which goes to the even neighbour 1; a little more, rounded to `dtype` first, would be one too
+    updates = 0.5 * eps * jnp.asarray([1.0, 1.0 + eps / 8, 1.0 - eps / 8], jnp.float32)
+    assert_same(gx.apply_updates(jnp.ones(3, dtype), updates), jnp.asarray([1.0, 1.0 + eps, 1.0], dtype))
 
 
 @pytest.mark.parametrize("update", NARROW, ids=lambda dtype: np.dtype(dtype).name)

@@ -254,4 +254,4 @@ def _for_arithmetic(leaf: Any) -> Any:
     dtype = trees.compute_dtype(trees.dtype_of(leaf))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-    return leaf if trees.strong(leaf, dtype) else jax.lax.convert_element_type(leaf, dtype)
+    return leaf if trees.strong(leaf, dtype) else numerics.cast(leaf, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -124,7 +125,7 @@ class Program:
         self._check_state(state)
         values = self._values(state.count, state.hyperparams)
         fields: dict[str, Any] = {}
-        for segment, following in zip(self.segments, (*self.segments[1:], None), strict=True):
+        for segment, following in itertools.zip_longest(self.segments, self.segments[1:]):
             if isinstance(segment, ForeignSegment):
                 leaves, fields[segment.field] = passes.run_foreign(
                     segment.tx, getattr(state, segment.field), leaves, extra_args

@@ -128,12 +128,15 @@ class Rule:
 
     def __repr__(self) -> str:
         defaults = inspect.signature(self.constructor).parameters if self.constructor else {}
+        dtype = None if self.state_dtype is None else str(self.state_dtype)
         parts: list[str] = []
-        for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", self.state_dtype)):
-            first = not parts and isinstance(value, Hyperparameter)
+        for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", dtype)):
+            default: Any = defaults[key].default if key in defaults else None
             off = value in (None, False, Branch(()), Hyperparameter(0.0))
-            if first or not off or (key in defaults and defaults[key].default not in (None, False, 0.0)):
-                parts.append(repr(value) if first else f"{key}={value!r}")
+            if not parts and isinstance(value, Hyperparameter):
+                parts.append(repr(value))
+            elif not (off and value in (default, Hyperparameter(default), Branch(()))):
+                parts.append(f"{key}={value!r}")
         return f"{self.name}({', '.join(parts)})"
 
 

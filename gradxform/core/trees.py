@@ -43,7 +43,7 @@ def dtype_of(leaf: Any) -> np.dtype[Any]:
 
 def strong(leaf: Any, dtype: np.dtype[Any]) -> bool:
     """Whether a leaf is an array of just this dtype, not a Python number or weakly typed."""
-    return getattr(leaf, "dtype", None) == dtype and not getattr(leaf, "weak_type", False)
+    return hasattr(leaf, "dtype") and leaf.dtype == dtype and not getattr(leaf, "weak_type", False)
 
 
 @functools.lru_cache(maxsize=256)

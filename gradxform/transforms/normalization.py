@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from gradxform.core.hyperparameters import Numeric, flag, fraction, non_negative
 from gradxform.core.lift import Transformation, branch, lift
 from gradxform.core.rules import Array, Slots, Step
-from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, smallest_normal
+from gradxform.numerics import (
+    abs_squared,
+    clamp,
+    largest_square,
+    lerp,
+    one_minus_power,
+    real_dtype,
+    smallest_normal,
+    zero_if_finite,
+)
 
 
 def normalize_by_rms(
@@ -27,7 +36,8 @@ def normalize_by_rms(
 
     A quotient with two branches on one input: the numerator is what ``of`` makes of the update, the
     denominator is the root mean square of the same update. 0/0 is 0, so ε = 0 is allowed. |u| counts as at
-    most half the root of the largest float (9.2e18 in float32), so that no finite update overflows v.
+    most half the root of the largest float (9.2e18 in float32), so that no finite update overflows v; an
+    infinite one makes the update NaN.
 
     Args:
       decay: γ in [0, 1); 0 divides each element by its own magnitude.
@@ -81,6 +91,8 @@ def normalize_by_rss(
 ) -> Transformation:
     """v ← v + |u|²,  u ← of(u) / (√v + ε): the root of the sum of squares, which AdaGrad divides by.
 
+    0/0 is 0. |u| counts as at most 1.4e14 in float32, so that no sum of finite updates overflows.
+
     Args:
       eps: ε ≥ 0, outside the root.
       of: See `normalize_by_rms`.
@@ -115,6 +127,10 @@ def normalize_by_rss(
     )
 
 
+_STEPS_ROOT = 2.0**16
+"""The sum of squares stays finite over 2³² steps of the largest update."""
+
+
 def _variance(param: Array) -> Slots:
     return {"nu": jnp.zeros_like(param, dtype=real_dtype(param.dtype))}
 
@@ -134,20 +150,22 @@ def _prepare_rss(step: Step) -> dict[str, Any]:
 
 
 def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    update = clamp(update, largest_square(update.dtype))
-    direction, of = step.of(update, state["of"], param)
-    nu = lerp(state["nu"] + step.start, abs_squared(update), 1 - step.decay)
+    bounded = clamp(update, largest_square(update.dtype))
+    squares = abs_squared(bounded) + zero_if_finite(update)
+    direction, of = step.of(bounded, state["of"], param)
+    nu = lerp(state["nu"] + step.start, squares, 1 - step.decay)
     if not step.centered:
         return _quotient(direction, nu * step.factor, step), {"nu": nu, "of": of}
-    mu = lerp(state["mu"], update, 1 - step.decay)
+    mu = lerp(state["mu"], bounded, 1 - step.decay)
     variance = jnp.maximum(nu * step.factor - abs_squared(mu * step.factor), 0)
     return _quotient(direction, variance, step), {"nu": nu, "mu": mu, "of": of}
 
 
 def _divide_by_rss(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    update = clamp(update, largest_square(update.dtype))
-    direction, of = step.of(update, state["of"], param)
-    nu = jnp.minimum(state["nu"] + step.start + abs_squared(update), jnp.finfo(update.dtype).max)
+    bounded = clamp(update, largest_square(update.dtype) / _STEPS_ROOT)
+    squares = abs_squared(bounded) + zero_if_finite(update)
+    direction, of = step.of(bounded, state["of"], param)
+    nu = state["nu"] + step.start + squares
     return _quotient(direction, nu, step), {"nu": nu, "of": of}
 
 
@@ -156,4 +174,4 @@ def _quotient(direction: Array, variance: Array, step: Step) -> Array:
     divisor = jnp.sqrt(variance + step.eps_root) + step.eps
     if isinstance(step.eps, float) and step.eps >= smallest_normal(variance.dtype):
         return direction / divisor
-    return jnp.where(divisor > 0, direction / jnp.where(divisor > 0, divisor, 1), 0)
+    return jnp.where(divisor == 0, 0, direction / jnp.where(divisor == 0, 1, divisor))
