@@ -76,6 +76,18 @@ def test_schedules_may_give_any_real_number(schedule):
     assert state.hyperparams["learning_rate"].dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [optax.cosine_decay_schedule(0.1, 10), optax.piecewise_constant_schedule(0.1, {3: 0.5})],
+    ids=["cosine", "piecewise"],
+)
+def test_schedules_of_optax_work_where_promotion_is_strict(schedule):
+    assert jax.config.jax_numpy_dtype_promotion == "strict"
+    tx = gx.sgd(schedule)
+    updates, _ = jax.jit(tx.update)(jnp.ones(2), tx.init(jnp.ones(2)))
+    np.testing.assert_allclose(updates, -0.1, rtol=1e-7)  # the first step's rate, rounded once to float32
+
+
 @pytest.mark.parametrize("value", [0.1, gx.live(0.1), lambda step: 0.1, np.float32(0.1), jnp.asarray(0.1)])
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 def test_shown_values_are_strong_float32_scalars_or_float64_under_x64(value, x64):

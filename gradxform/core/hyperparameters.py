@@ -244,7 +244,8 @@ def check_real(name: str, value: Any) -> None:
 
 def _scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:
     try:
-        value = schedule(count)
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix the count with floats
+            value = schedule(count)
     except TypeError as error:
         raise TypeError(f"{name} failed at schedule(step): {error}") from error
     return number(name, value)

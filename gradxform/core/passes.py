@@ -47,7 +47,7 @@ class Leaves:
             dtypes = [trees.dtype_of(leaf) for leaf in leaves]
             return cls(leaves, [None] * len(leaves), structure, [trees.compute_dtype(d) for d in dtypes], dtypes, None)
         param_leaves, param_structure = trees.flatten("params", params)
-        remedy = "pass the gradient with respect to these params"
+        remedy = "pass gradients or updates of these params"
         trees.check_same_structure("updates", structure, "params", param_structure, remedy)
         arithmetic, final = [], []
         for index, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
