@@ -15,8 +15,9 @@ from gradxform.optimizers.sgd import sgd as sgd
 
 # Transformations
 from gradxform.optimizers.adam import scale_by_adam as scale_by_adam
-from gradxform.transforms.accumulation import AccumulateState as AccumulateState
-from gradxform.transforms.accumulation import accumulate as accumulate
+from gradxform.transforms.adaptive_clipping import clip_by_average_norm as clip_by_average_norm
+from gradxform.transforms.adaptive_clipping import clip_by_param_norm as clip_by_param_norm
+from gradxform.transforms.adaptive_clipping import clip_by_zscore as clip_by_zscore
 from gradxform.transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from gradxform.transforms.clipping import clip_by_leaf_norm as clip_by_leaf_norm
 from gradxform.transforms.clipping import clip_by_value as clip_by_value
@@ -30,13 +31,34 @@ from gradxform.transforms.scaling import scale_by_schedule as scale_by_schedule
 from gradxform.transforms.weight_decay import add_decoupled_weight_decay as add_decoupled_weight_decay
 from gradxform.transforms.weight_decay import add_l2_regularization as add_l2_regularization
 
+# Transformations around transformations
+from gradxform.wrappers.accumulation import AccumulateState as AccumulateState
+from gradxform.wrappers.accumulation import accumulate as accumulate
+from gradxform.wrappers.low_precision import LowPrecisionState as LowPrecisionState
+from gradxform.wrappers.low_precision import compensated as compensated
+from gradxform.wrappers.low_precision import master_weights as master_weights
+from gradxform.wrappers.low_precision import stochastic_rounding as stochastic_rounding
+from gradxform.wrappers.observation import ObserveState as ObserveState
+from gradxform.wrappers.observation import observe as observe
+from gradxform.wrappers.skipping import SkipState as SkipState
+from gradxform.wrappers.skipping import skip_nonfinite as skip_nonfinite
+from gradxform.wrappers.skipping import skip_spikes as skip_spikes
+
 # Composition, and what a training loop needs
 from gradxform.core.apply import apply_updates as apply_updates
+from gradxform.core.describe import Description as Description
+from gradxform.core.describe import LeafDescription as LeafDescription
+from gradxform.core.describe import describe as describe
+from gradxform.core.groups import by_path as by_path
+from gradxform.core.groups import freeze as freeze
 from gradxform.core.hyperparameters import live as live
-from gradxform.core.lift import Transformation as Transformation
+from gradxform.core.hyperparameters import times as times
+from gradxform.core.body import Transformation as Transformation
 from gradxform.core.lift import chain as chain
 from gradxform.core.lift import identity as identity
+from gradxform.core.masks import glob as glob
 from gradxform.core.state import get_hyperparams as get_hyperparams
+from gradxform.core.state import metrics as metrics
 from gradxform.core.state import set_hyperparams as set_hyperparams
 
 # Your own transformation

@@ -41,6 +41,84 @@ def cast(x: Any, dtype: Any) -> Array:
     return jax.lax.convert_element_type(x, dtype)
 
 
+def round_to(x: Array, dtype: Any, bits: Array | None = None) -> Array:
+    """`x` on the grid of a narrower `dtype`, but kept in its own: to nearest, or at random where `bits` are given.
+
+    Stochastic rounding takes the neighbour above with a probability that is the distance from the one below, so that
+    its mean is `x`, and what lies on the grid stays. Done on the integers, since XLA may elide a pair of conversions.
+    """
+    info, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    if info.bits >= own.bits:
+        return x
+    x = jnp.where(jnp.isinf(x), x, clamp(x, float(info.max)))
+    if x.dtype != np.float32:  # float64: its last bits count for nothing beside those dropped
+        return round_to(x.astype(np.float32), dtype, bits).astype(x.dtype)
+    dropped = own.nmant - info.nmant
+    if bits is None:
+        grid = jax.lax.reduce_precision(x, own.nexp, info.nmant)
+    else:
+        kept = np.uint32((1 << 32) - (1 << dropped))
+        raised = jax.lax.bitcast_convert_type(x, np.uint32) + (bits >> np.uint32(32 - dropped))
+        grid = jax.lax.bitcast_convert_type(raised & kept, np.float32)
+    if info.minexp > own.minexp:  # below the normal numbers the grid is even
+        steps = x / float(info.smallest_subnormal)
+        steps = jnp.round(steps) if bits is None else jnp.floor(steps + unit(bits))
+        even = steps * float(info.smallest_subnormal)
+        grid = jnp.where(jnp.abs(x) < float(info.smallest_normal), even, grid)
+    return jnp.where(jnp.isfinite(x) & (x != 0), grid, x)
+
+
+def half_step(x: Array, dtype: Any) -> Array:
+    """Half the distance from a number of `dtype`, widened, to the next one away from zero."""
+    info, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    exponent = jax.lax.bitcast_convert_type(x, np.uint32) & np.uint32(0x7F800000)
+    power = jax.lax.bitcast_convert_type(exponent, np.float32)
+    halves = power * 2.0 ** -(info.nmant + 1)
+    smallest = float(info.smallest_subnormal) / 2
+    return jnp.maximum(halves, smallest) if info.minexp > own.minexp else halves
+
+
+def unit(bits: Array) -> Array:
+    """Uniform in [0, 1)."""
+    return (bits >> np.uint32(8)).astype(np.float32) * 2.0**-24
+
+
+def mix(x: Any) -> Any:
+    """A bijection of uint32 after which every bit depends on every bit (Wellons' lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
+
+
+def random_bits(seed: Array, shape: tuple[int, ...]) -> Array:
+    """32 random bits per element: a hash of `seed` and the element's place, so the same on any mesh."""
+    place = jnp.full(shape, seed, np.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        place += jax.lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride * _GOLDEN & 0xFFFFFFFF)
+        stride *= shape[axis]
+    return mix(place)
+
+
+_GOLDEN = 0x9E3779B9
+"""2³² over the golden ratio: its multiples are spread evenly."""
+
+
+def next_seed(seed: Array) -> Array:
+    """The seed after `seed`; all 2³² come before one returns."""
+    return seed + np.uint32(_GOLDEN)
+
+
+def seed_for(seed: Array, place: Any) -> Array:
+    """The seed of one of the arrays that are rounded together."""
+    return mix(mix(seed) + jnp.asarray(place, np.uint32))
+
+
+def no_update(x: Array) -> Array:
+    """−0, which leaves every number as it is when added, −0 included."""
+    return jnp.full_like(x, complex(-0.0, -0.0) if jnp.iscomplexobj(x) else -0.0)
+
+
 def clamp(x: Array, limit: float) -> Array:
     """`x` within ±limit, infinities too; a complex `x` by its parts."""
     if jnp.iscomplexobj(x):
@@ -77,11 +155,28 @@ def _log(x: Any) -> Any:
     return jnp.log(x)
 
 
-def norm(x: Array) -> Array:
-    """‖x‖₂ over all elements, in at least float32, right from the smallest to the largest floats."""
+def norm(x: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """‖x‖₂ in at least float32, right from the smallest to the largest floats: of all elements, or along `axes`."""
     x = jnp.abs(x) if jnp.iscomplexobj(x) else x
-    top = jnp.finfo(x.dtype).maxexp
-    near, far = 2.0 ** (top // 2 - 4), 2.0 ** (5 * top // 8)
-    largest = jnp.max(jnp.abs(x), initial=0.0)
-    scale = jnp.where(largest > near, 1 / far, jnp.where(largest < 1 / near, far, 1.0)).astype(x.dtype)
-    return jnp.sqrt(jnp.sum(jnp.square(x * scale))) / scale
+    half = jnp.finfo(x.dtype).maxexp // 2
+    kept = axes is not None
+    largest = jnp.max(jnp.abs(x), axes, initial=0.0, keepdims=kept)
+    # the square of `up` is finite: XLA may pull it out of the sum of a constant x, and 0·∞ is NaN
+    up, down = 2.0 ** (half - 1), 2.0 ** (-5 * half // 4)
+    scale = jnp.where(largest > 2.0 ** (half - 4), down, jnp.where(largest < 2.0 ** (4 - half), up, 1.0)).astype(
+        x.dtype
+    )
+    return jnp.sqrt(jnp.sum(jnp.square(x * scale), axes, keepdims=kept)) / scale
+
+
+def factor_to(size: Array, limit: Any) -> Array:
+    """What brings `size` down to `limit`: min(1, limit/size), NaN where the size is not finite."""
+    bounded = jnp.where(size > limit, limit / jnp.where(size > limit, size, 1), 1)
+    return jnp.where(jnp.isfinite(size), bounded, jnp.nan)
+
+
+def norm_across(norms: Array, axes: tuple[str, ...]) -> Array:
+    """‖x‖₂ of arrays whose shards over the mesh axes `axes` have these norms."""
+    largest = jax.lax.pmax(norms, axes)
+    scale = jnp.where(largest == 0, 1.0, largest)
+    return scale * jnp.sqrt(jax.lax.psum(jnp.square(norms / scale), axes))

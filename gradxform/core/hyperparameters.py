@@ -74,17 +74,59 @@ def live(value: float | jax.Array) -> Live:
     return Live(number("live(value)", value))
 
 
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """A multiple of what a hyperparameter is elsewhere; made by `times`."""
+
+    factor: float
+
+    def __repr__(self) -> str:
+        return f"times({self.factor!r})"
+
+
+def times(factor: float) -> Times:
+    """h ← c·h: in a group of `by_path`, the default's hyperparameter times a number.
+
+    Where the default follows a schedule or is live, the multiple follows it.
+
+    Args:
+      factor: c ≥ 0, a number.
+
+    Raises:
+      TypeError, ValueError: if ``factor`` is no number, negative or not finite.
+
+    Example: see `by_path`.
+    """
+    value = number("factor", factor)
+    if not isinstance(value, float):
+        raise TypeError("factor must be a number; for one that changes, give the group a live value or a schedule")
+    check_range("factor", value, Range(0.0, math.inf))
+    return Times(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiple:
+    """A number times a hyperparameter that changes."""
+
+    factor: float
+    of: Hyperparameter
+
+    def __repr__(self) -> str:
+        return f"{self.factor!r}*{self.of!r}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hyperparameter:
-    """A value, the range it must lie in, and the name under which users know it.
+    """A value, the range it must lie in, the name under which users know it, and the group that has it.
 
     Equality is by value for constants and by identity for arrays, schedules and live values, so an
     optimizer rebuilt from the same numbers is the same optimizer.
     """
 
-    value: float | jax.Array | Schedule | Live
+    value: float | jax.Array | Schedule | Live | Multiple
     within: Range = FINITE
     name: str | None = None
+    group: str | None = None
 
     def named(self, name: str) -> Hyperparameter:
         """The same value, checked, under the name it already has or else under `name`."""
@@ -95,7 +137,20 @@ class Hyperparameter:
         elif not callable(value):
             value = number(name, value)
             self._check(name, value)
-        return Hyperparameter(value, self.within, name)
+        return Hyperparameter(value, self.within, name, self.group)
+
+    def replaced(self, value: Any, group: str) -> Hyperparameter:
+        """What `group` has in place of this value: another one, or a multiple of it."""
+        if not isinstance(value, Times):
+            return Hyperparameter(value, self.within, self.name, group).named(str(self.name))
+        if isinstance(self.value, float):
+            return self.replaced(value.factor * self.value, group)
+        return Hyperparameter(Multiple(value.factor, self), self.within, self.name, group)
+
+    @property
+    def shown_as(self) -> str:
+        """Its name in the state's `hyperparams`, unless others have the same."""
+        return str(self.name) if self.group is None else f"{self.group}/{self.name}"
 
     def _check(self, name: str, value: Any) -> None:
         check_range(name, value, self.within)
@@ -107,12 +162,12 @@ class Hyperparameter:
     @property
     def visible(self) -> bool:
         """Whether the state's `hyperparams` shows it."""
-        return self.name == "learning_rate" or callable(self.value) or isinstance(self.value, Live)
+        return self.name == "learning_rate" or callable(self.value) or isinstance(self.value, Live | Multiple)
 
     def _key(self) -> tuple[Any, ...]:
         if self.constant:
             return (self.value,)
-        return (self.name, id(self.value))
+        return (self.name, self.value if isinstance(self.value, Multiple) else id(self.value))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Hyperparameter) and self._key() == other._key()
@@ -125,6 +180,13 @@ class Hyperparameter:
 
 
 Numeric: TypeAlias = float | jax.Array | np.ndarray | np.number | Schedule | Live | Hyperparameter
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A whole number, or some, that is an option of a rule and no hyperparameter: axes, a number of steps."""
+
+    value: int | tuple[int, ...]
 
 
 def ranged(value: Numeric, within: Range, name: str | None = None) -> Hyperparameter:
@@ -167,7 +229,7 @@ def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
 
     Example: see `fraction`.
     """
-    return ranged(value, Range(0.0, math.inf, closed_low=False), name)
+    return ranged(value, positive_range(), name)
 
 
 def flag(name: str, value: object) -> bool:
@@ -190,10 +252,44 @@ def float_dtype(name: str, value: Any) -> np.dtype[Any] | None:
     return dtype
 
 
+def state_float_dtype(name: str, value: Any) -> np.dtype[Any] | None:
+    """A dtype that a moment can be kept in, or None for the default."""
+    dtype = float_dtype(name, value)
+    if dtype is not None and dtype.itemsize < 2:
+        raise TypeError(f"{name} must have at least 16 bits, got {dtype}: its range is too small for a moment")
+    return dtype
+
+
+def axes(name: str, value: Any) -> tuple[str, ...] | None:
+    """The names of mesh axes: one, several or None."""
+    names = (value,) if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, tuple | list) or not all(isinstance(one, str) for one in names):
+        raise TypeError(f"{name} must be the name of a mesh axis or a sequence of names, got {value!r}")
+    return tuple(names)
+
+
 def check_range(name: str, value: Any, within: Range) -> None:
     """Raise if a concrete `value` lies outside `within`; tracers pass."""
     if trees.concrete(value) and not all(x in within for x in np.ravel(value).astype(float).tolist()):
         raise ValueError(f"{name} must be in {within}, got {value}")
+
+
+def number_in(name: str, value: Any, within: Range) -> float:
+    """A Python float in a range, for what is fixed when a transformation is built."""
+    plain = number(name, value)
+    if not isinstance(plain, float):
+        if not trees.concrete(plain):
+            raise TypeError(f"{name} must be a concrete number, got {plain}")
+        plain = float(plain)
+    check_range(name, plain, within)
+    return plain
+
+
+def positive_range() -> Range:
+    """(0, inf)"""
+    return Range(0.0, math.inf, closed_low=False)
 
 
 def count_of(name: str, value: object) -> int:
@@ -205,16 +301,24 @@ def count_of(name: str, value: object) -> int:
     return int(value)
 
 
-def evaluate(parameter: Hyperparameter, stored: Mapping[str, jax.Array], name: str, count: Any) -> Any:
-    """This step's value: a float for a constant, else a 0-d array of at least float32."""
-    value = parameter.value
-    if isinstance(value, float):
-        return value
-    if isinstance(value, Live):
-        value = stored.get(name, value.value)
-    elif callable(value):
-        value = _scheduled(f"the schedule for {name}", value, count)
-    return jnp.asarray(value, dtype=visible_dtype())
+def evaluate(named: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array], count: Any) -> dict[str, Any]:
+    """This step's values by name: a float for a constant, else a 0-d array of at least float32."""
+    name_of = {parameter: name for name, parameter in named.items()}
+
+    def one(parameter: Hyperparameter) -> Any:
+        value = parameter.value
+        if isinstance(value, float):
+            return value
+        if isinstance(value, Multiple):
+            return value.factor * one(value.of)
+        name = name_of.get(parameter, str(parameter.name))
+        if isinstance(value, Live):
+            value = stored.get(name, value.value)
+        elif callable(value):
+            value = _scheduled(f"the schedule for {name}", value, count)
+        return jnp.asarray(value, dtype=visible_dtype())
+
+    return {name: one(parameter) for name, parameter in named.items()}
 
 
 def visible_dtype() -> np.dtype[Any]:
@@ -258,4 +362,7 @@ def _describe(value: Any) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, jax.Array):
         return f"Array({jax.typeof(value)})"
-    return getattr(value, "__qualname__", repr(value)) if callable(value) else repr(value)
+    if not callable(value):
+        return repr(value)
+    name = getattr(value, "__qualname__", repr(value))
+    return name if name.endswith("<lambda>") else name.partition(".<locals>")[0]  # optax's schedules are closures

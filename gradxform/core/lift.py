@@ -2,69 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import optax
 
-from gradxform.core.hyperparameters import Hyperparameter, float_dtype
+from gradxform.core.body import Transformation, body_of
+from gradxform.core.hyperparameters import Hyperparameter, Option, axes, state_float_dtype
 from gradxform.core.masks import MaskLike, mask_of
-from gradxform.core.program import Foreign, Program, Stage
-from gradxform.core.rules import Array, Branch, Rule, Slots, Step
-
-
-class Body(Protocol):
-    """What a transformation does: pure, hashable, comparable, and with a `repr` that reads like the call."""
-
-    def init(self, params: Any) -> Any: ...
-    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Init:
-    """``init(params) -> state``; equal if the transformations are."""
-
-    body: Body
-
-    def __call__(self, params: Any) -> Any:
-        return self.body.init(params)
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """``update(updates, state, params=None, **extra_args) -> (updates, state)``; equal if the transformations are."""
-
-    body: Body
-
-    def __call__(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        return self.body.update(updates, state, params, **extra_args)
-
-
-class Transformation(optax.GradientTransformationExtraArgs):
-    """A pure ``(init, update)`` pair: ``update(updates, state, params=None, **extra_args)``.
-
-    Every transformation of this library is one, and it is an `optax.GradientTransformationExtraArgs`, so
-    it goes wherever optax's do. Two are equal if they were built from the same functions and numbers;
-    `repr` shows the composition.
-    """
-
-    __slots__ = ()
-
-    init: Init  # pyright: ignore[reportIncompatibleVariableOverride] (narrower than optax's: it takes any tree)
-    update: Update  # pyright: ignore[reportIncompatibleVariableOverride] (narrower than optax's: it takes any tree)
-
-    @classmethod
-    def of(cls, body: Body) -> Transformation:
-        """The pair that does what `body` does."""
-        return cls(Init(body), Update(body))
-
-    @property
-    def body(self) -> Body:
-        return self.update.body
-
-    def __repr__(self) -> str:
-        return repr(self.body)
+from gradxform.core.program import Program
+from gradxform.core.rules import Array, Branch, Measure, Rule, Slots, Step
+from gradxform.core.stages import Foreign, Stage
 
 
 def chain(*transformations: optax.GradientTransformation) -> Transformation:
@@ -86,7 +34,7 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
       chain(clip_by_global_norm(1.0), scale_by_learning_rate(0.1))
     """
     named = ((f"argument {i} of chain", tx) for i, tx in enumerate(transformations, start=1))
-    return Transformation.of(Program(tuple(stage for name, tx in named for stage in _stages(name, tx))))
+    return Transformation.of(Program(tuple(stage for name, tx in named for stage in stages_of(name, tx))))
 
 
 def identity() -> Transformation:
@@ -106,8 +54,11 @@ def lift(
     *,
     constructor: Callable[..., Any] | None = None,
     prepare: Callable[[Step], Mapping[str, Any]] | None = None,
-    measure: Callable[[Array, Step], Mapping[str, Any]] | None = None,
+    measure: Callable[[Array], Mapping[str, Array]] | Measure | None = None,
     gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None,
+    memory: Mapping[str, float] | None = None,
+    reports: Sequence[str] = (),
+    axis_name: str | Sequence[str] | None = None,
     mask: MaskLike | None = None,
     needs_params: bool = False,
     state_dtype: Any = None,
@@ -126,8 +77,12 @@ def lift(
         state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
         update; ``step.<name>`` is the current value of an argument.
       prepare: ``prepare(step)`` gives scalars that are computed once per step, as further ``step.<name>``.
-      measure: ``measure(update, step)`` gives scalars of one array, for a rule that must see every leaf.
+      measure: ``measure(update)`` gives scalars of one array, for a rule that must see every leaf.
       gather: ``gather(measured, step)`` turns them, stacked over the leaves, into further ``step.<name>``.
+      memory: Scalars that the rule remembers of all leaves, by name, with their first values: `gather` reads
+        ``step.<name>`` and returns the next value under the same name. They are fields of the state.
+      reports: Which of the scalars that `gather` returns `observe` shows.
+      axis_name: Axes of a mesh; see `clip_by_global_norm`. `measure` must then say how shards make a whole.
       mask: Which leaves the rule acts on: a tree of booleans (or a prefix of one), a callable
         ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
       needs_params: Whether `update` reads ``param``.
@@ -156,27 +111,40 @@ def lift(
     """
     if (measure is None) != (gather is None):
         raise TypeError("measure and gather go together: give both or neither")
-    if measure is not None and mask is not None:
-        raise TypeError("a rule that measures every leaf takes no mask; leave mask or measure out")
+    if measure is None and (memory or reports or axis_name is not None):
+        raise TypeError("memory, reports and axis_name belong to a rule with measure and gather")
     name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
     rule = Rule(
-        name, constructor, init, update, prepare, measure, gather, mask_of(mask), needs_params,
-        float_dtype("state_dtype", state_dtype),
-        tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
-    )  # fmt: skip
+        name=name,
+        constructor=constructor,
+        init=init,
+        update=update,
+        prepare=prepare,
+        measure=measure if measure is None or isinstance(measure, Measure) else Measure(measure),
+        gather=gather,
+        memory=tuple((memory or {}).items()),
+        reports=tuple(reports),
+        axis_name=axes("axis_name", axis_name),
+        mask=mask_of(mask),
+        needs_params=needs_params,
+        state_dtype=state_float_dtype("state_dtype", state_dtype),
+        arguments=tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
+    )
     return Transformation.of(Program((rule,)))
 
 
 def _argument(rule: str, key: str, value: Any) -> Any:
     if isinstance(value, optax.GradientTransformation):
-        stages = _stages(key, value)
+        stages = stages_of(key, value)
         for stage in stages:
-            if isinstance(stage, Foreign) or stage.measure:
+            if not isinstance(stage, Rule) or stage.measure or stage.freezes:
                 raise TypeError(
                     f"{key} of {rule} must be made of transformations that act on one array at a time; "
                     f"put {stage!r} beside {rule} in the chain"
                 )
         return Branch(tuple(stage for stage in stages if isinstance(stage, Rule)))
+    if isinstance(value, Option):
+        return value.value
     if value is None or isinstance(value, bool | str):
         return value
     parameter = value if isinstance(value, Hyperparameter) else Hyperparameter(value)
@@ -185,12 +153,10 @@ def _argument(rule: str, key: str, value: Any) -> Any:
 
 def branch(name: str, tx: Any) -> Transformation:
     """A transformation for a rule to apply to its own input; None is the identity."""
-    return chain() if tx is None else Transformation.of(Program(_stages(name, tx)))
+    return chain() if tx is None else Transformation.of(Program(stages_of(name, tx)))
 
 
-def _stages(name: str, tx: Any) -> tuple[Stage, ...]:
-    if isinstance(tx, Transformation) and isinstance(tx.body, Program):
-        return tx.body.stages
-    if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
-        return (Foreign(tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx)),)
-    raise TypeError(f"{name} must be a transformation, an (init, update) pair, got {tx!r}")
+def stages_of(name: str, tx: Any) -> tuple[Stage, ...]:
+    """The stages that a transformation adds to a chain."""
+    body = body_of(name, tx)
+    return body.stages if isinstance(body, Program) else (Foreign(body),)

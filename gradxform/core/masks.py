@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -73,7 +74,73 @@ class BooleanTree:
         return repr(self.structure.unflatten(self.leaves))
 
 
-Mask: TypeAlias = Pattern | Predicate | BooleanTree
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Groups of leaves by the pattern that matches their paths; what none matches is in the last group, if any may."""
+
+    patterns: tuple[Pattern, ...]
+    has_default: bool
+
+    def __call__(self, structure: Any) -> tuple[int, ...]:
+        """The group of each leaf; raises if a pattern matches no leaf, or a leaf has no group or two."""
+        return _groups(self, structure)
+
+    def names(self) -> list[str]:
+        return [pattern.expression.pattern for pattern in self.patterns]
+
+    def label(self, group: int) -> str:
+        """What the group is called."""
+        return (*self.names(), "default")[group]
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(table: Table, structure: Any) -> tuple[int, ...]:
+    paths = trees.paths(structure)
+    groups = []
+    for path in paths:
+        matches = [i for i, pattern in enumerate(table.patterns) if pattern.expression.fullmatch(path)]
+        if len(matches) > 1:
+            both = " and ".join(repr(table.patterns[i]) for i in matches)
+            raise ValueError(f"by_path: {both} both match {path!r}; make the patterns exclude one another")
+        if not matches and not table.has_default:
+            raise ValueError(
+                f"by_path: no pattern matches {path!r}, of {', '.join(map(repr, table.patterns))}; "
+                "add one or give default="
+            )
+        groups.append(matches[0] if matches else len(table.patterns))
+    for i, pattern in enumerate(table.patterns):
+        if paths and i not in groups:
+            raise ValueError(
+                f"by_path: pattern {pattern!r} matches none of the paths {', '.join(paths[:20])}; "
+                "it must match a whole path"
+            )
+    return tuple(groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Leaves in one of these groups of a table."""
+
+    table: Table
+    groups: frozenset[int]
+
+    def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        return [group in self.groups for group in self.table(structure)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """Leaves that two masks choose."""
+
+    one: Mask
+    other: Mask
+
+    def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        pairs = zip(self.one(params, leaves, structure), self.other(params, leaves, structure), strict=True)
+        return [one and other for one, other in pairs]
+
+
+Mask: TypeAlias = Pattern | Predicate | BooleanTree | Members | Both
 
 
 def mask_of(mask: MaskLike | None) -> Mask | None:
@@ -81,7 +148,7 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
     if mask is None:
         return None
     if isinstance(mask, str | re.Pattern):
-        return Pattern(_compiled(mask))
+        return _compiled("mask", mask)
     if callable(mask):
         return Predicate(cast(Callable[[str, Any], bool], mask))
     if isinstance(mask, bool | np.bool_ | jax.Array):
@@ -93,11 +160,45 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
     return BooleanTree(structure, tuple(_boolean("every leaf of mask", leaf) for leaf in leaves))
 
 
-def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+def _compiled(name: str, pattern: str | re.Pattern[str]) -> Pattern:
     try:
-        return re.compile(pattern)
+        return Pattern(re.compile(pattern))
     except re.error as error:
-        raise ValueError(f"mask {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{name} {pattern!r} is no regular expression: {error}; for globs use gx.glob") from None
+
+
+def table_of(patterns: Iterable[Any], has_default: bool) -> Table:
+    """The groups that `patterns` make."""
+
+    def one(pattern: Any) -> Pattern:
+        if not isinstance(pattern, str | re.Pattern):
+            raise TypeError(f"a key of by_path must be a pattern, a string or compiled, got {pattern!r}")
+        return _compiled("by_path: pattern", cast("str | re.Pattern[str]", pattern))
+
+    return Table(tuple(map(one, patterns)), has_default)
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+    """A path pattern with wildcards: ``*`` within one name, ``**`` across ``/``, ``?`` one character.
+
+    For every argument that takes a regular expression over paths.
+
+    Args:
+      pattern: Such as ``encoder/*/kernel``.
+
+    Raises:
+      TypeError: if ``pattern`` is no string.
+
+    Example:
+      >>> import gradxform as gx
+      >>> gx.glob("encoder/*/kernel").fullmatch("encoder/layer_0/kernel") is not None
+      True
+    """
+    if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
+        raise TypeError(f"pattern must be a string, got {pattern!r}")
+    wild = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    return re.compile("".join(wild.get(part, re.escape(part)) for part in parts))
 
 
 def _boolean(name: str, value: Any) -> bool:

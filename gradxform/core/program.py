@@ -6,65 +6,63 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gradxform.core import passes, trees
+from gradxform.core.body import Assigned, Body, Call, Report
 from gradxform.core.hyperparameters import Hyperparameter, Live, evaluate, visible_dtype
-from gradxform.core.passes import Segment
+from gradxform.core.passes import ForeignSegment, Segment, Selection
 from gradxform.core.rules import Rule
+from gradxform.core.stages import Foreign, Groups, Stage, expanded
 from gradxform.core.state import state_type, unique_names
 
 
 @dataclasses.dataclass(frozen=True)
-class Foreign:
-    """A stage that is any other ``(init, update)`` pair: it sees whole trees."""
-
-    tx: optax.GradientTransformation
-
-    def __repr__(self) -> str:
-        if hasattr(self.tx.update, "body"):
-            return repr(self.tx)
-        module, name = self.tx.update.__module__, getattr(self.tx.update, "__qualname__", "update")
-        return f"{module.partition('.')[0]}.{name.partition('.')[0]}(…)"
-
-
-Stage: TypeAlias = Rule | Foreign
-
-
-@dataclasses.dataclass(frozen=True)
-class ForeignSegment:
-    """A foreign stage and the state field that holds its state."""
-
-    tx: optax.GradientTransformationExtraArgs
-    field: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(Body):
     """Stages, and everything derived from them once: names, segments, the class of the state."""
 
     stages: tuple[Stage, ...]
 
+    def __post_init__(self) -> None:
+        for stage, following in itertools.pairwise(self.stages):
+            if Program((stage,)).lands:
+                raise TypeError(
+                    f"{stage!r} must be the last stage, or low-precision parameters miss the values that it chose "
+                    f"for them; put {following!r} before it or inside it"
+                )
+
     # What is derived from the stages
+
+    @functools.cached_property
+    def flat(self) -> list[Rule | Foreign]:
+        """The stages, groups resolved."""
+        return expanded(self.stages)
+
+    @functools.cached_property
+    def lands(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+        return any(isinstance(stage, Foreign) and stage.body.lands for stage in self.flat)
+
+    @functools.cached_property
+    def reports(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+        return tuple(unique_names([name for stage in self.flat for name in _reports(stage)]))
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
         """Those that change or show in the state, by their names there; equal ones share a name."""
-        every = [h for stage in self.stages if isinstance(stage, Rule) for h in stage.hyperparameters]
+        every = [h for stage in self.flat if isinstance(stage, Rule) for h in stage.hyperparameters]
         distinct = list(dict.fromkeys(h for h in every if not h.constant or h.visible))
-        return dict(zip(unique_names([str(h.name) for h in distinct]), distinct, strict=True))
+        return dict(zip(unique_names([h.shown_as for h in distinct]), distinct, strict=True))
 
     @functools.cached_property
     def segments(self) -> tuple[Segment | ForeignSegment, ...]:
         """Runs of rules, cut where a stage is foreign or needs every leaf first."""
         name_of = {h: name for name, h in self.hyperparameters.items()}
         runs: list[list[Rule] | Foreign] = []
-        for stage in self.stages:
+        for stage in self.flat:
             if isinstance(stage, Foreign):
                 runs.append(stage)
             elif runs and isinstance(runs[-1], list) and stage.measure is None:
@@ -72,28 +70,31 @@ class Program:
             else:
                 runs.append([stage.bind(name_of.__getitem__)])
         owned = [["inner"] if isinstance(run, Foreign) else passes.slot_names(tuple(run)) for run in runs]
-        names = iter(unique_names([name for some in owned for name in some]))
-        segments: list[Segment | ForeignSegment] = []
-        for run, some in zip(runs, owned, strict=True):
-            fields = tuple(next(names) for _ in some)
-            segments.append(
-                ForeignSegment(optax.with_extra_args_support(run.tx), fields[0])
-                if isinstance(run, Foreign)
-                else Segment(tuple(run), fields)
-            )
-        return tuple(segments)
+        memories = [[] if isinstance(run, Foreign) else [name for name, _ in run[0].memory] for run in runs]
+        names = iter(unique_names([name for some in (*owned, *memories) for name in some]))
+        fields = [tuple(next(names) for _ in some) for some in owned]
+        memory = [tuple(next(names) for _ in some) for some in memories]
+        return tuple(
+            ForeignSegment(run.body, run.mask, *some) if isinstance(run, Foreign) else Segment(tuple(run), some, kept)
+            for run, some, kept in zip(runs, fields, memory, strict=True)
+        )
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
-        """The state's fields for moments and foreign states, moments in the order mu, nu, …"""
-        moments = [name for s in self.segments if isinstance(s, Segment) for name in s.fields]
-        foreign = [s.field for s in self.segments if isinstance(s, ForeignSegment)]
-        return (*sorted(moments), *foreign)
+        """The state's fields for moments, what is remembered of all leaves, and foreign states."""
+        rules = [segment for segment in self.segments if isinstance(segment, Segment)]
+        moments = sorted(name for segment in rules for name in segment.fields)
+        memory = [name for segment in rules for name in segment.memory]
+        foreign = [segment.field for segment in self.segments if isinstance(segment, ForeignSegment)]
+        return (*moments, *memory, *foreign)
 
     @functools.cached_property
     def state_type(self) -> Any:
         live = {name: h.within for name, h in self.hyperparameters.items() if isinstance(h.value, Live)}
         return state_type(self.fields, tuple(live.items()))
+
+    def select(self, params: Any, leaves: list[Any], structure: Any) -> Selection:
+        return Selection.of(self.flat, params, leaves, structure)
 
     def __reduce__(self) -> Any:
         return Program, (self.stages,)
@@ -107,39 +108,41 @@ class Program:
 
     def init(self, params: Any) -> Any:
         leaves, structure = trees.flatten("params", params)
+        selection = self.select(params, leaves, structure)
         fields: dict[str, Any] = {}
         for segment in self.segments:
             if isinstance(segment, ForeignSegment):
-                fields[segment.field] = segment.tx.init(params)
-                continue
-            slots = passes.initial_slots(segment.rules, params, leaves, structure)
-            for index, field in enumerate(segment.fields):
-                fields[field] = structure.unflatten([slot[index] for slot in slots])
+                acts = selection.acting(segment.mask)
+                fields[segment.field] = segment.body.init(passes.masked(acts, params, leaves, structure))
+            else:
+                fields |= passes.initial_fields(segment, selection, leaves, structure)
         count = jnp.zeros((), jnp.int32)
         return self.state_type(count=count, hyperparams=self._visible(self._values(count, {})), **fields)
 
     # update
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         leaves = passes.Leaves.of(updates, params)
         self._check_state(state)
+        selection = self.select(params, leaves.params, leaves.structure)
         values = self._values(state.count, state.hyperparams)
         fields: dict[str, Any] = {}
+        reports: list[tuple[str, jax.Array]] = []
         for segment, following in itertools.zip_longest(self.segments, self.segments[1:]):
             if isinstance(segment, ForeignSegment):
-                leaves, fields[segment.field] = passes.run_foreign(
-                    segment.tx, getattr(state, segment.field), leaves, extra_args
-                )
+                leaves, fields[segment.field], report = passes.run_foreign(segment, state, leaves, selection, call)
             else:
                 rounded = not isinstance(following, Segment)
-                leaves, moments = passes.run_rules(segment, state, leaves, values, rounded)
-                fields.update(moments)
+                leaves, new, report = passes.run_rules(segment, state, leaves, selection, values, call, rounded)
+                fields |= new
+            reports += report.items()
         visible = self._visible(values)
-        return leaves.rounded(), self.state_type(count=passes.increment(state.count), hyperparams=visible, **fields)
+        new_state = self.state_type(count=passes.increment(state.count), hyperparams=visible, **fields)
+        return leaves.rounded(), new_state, dict(zip(self.reports, [value for _, value in reports], strict=True))
 
     def _values(self, count: Any, stored: Mapping[str, jax.Array]) -> dict[str, Any]:
         """This step's hyperparameters: floats for constants, else scalars of at least float32."""
-        return {name: evaluate(h, stored, name, count) for name, h in self.hyperparameters.items()}
+        return evaluate(self.hyperparameters, stored, count)
 
     def _visible(self, values: Mapping[str, Any]) -> dict[str, jax.Array]:
         return {
@@ -162,3 +165,45 @@ class Program:
             )
         for name in visible:
             trees.check_scalar(f"state.hyperparams[{name!r}]", state.hyperparams[name], np.floating)
+
+    # What is told of it
+
+    def frozen(self, params: Any) -> list[bool]:
+        leaves, structure = trees.flatten("params", params)
+        within = [stage for stage in self.flat if isinstance(stage, Foreign)]
+        freezing = [stage for stage in self.flat if isinstance(stage, Rule) and stage.freezes]
+        if not freezing and not within:
+            return [False] * len(leaves)
+        selection = Selection.of([*freezing, *within], params, leaves, structure)
+        frozen = selection.frozen
+        for stage in within:
+            acts = selection.acting(stage.mask)
+            inner = iter(stage.body.frozen(passes.masked(acts, params, leaves, structure)))
+            frozen = [next(inner) if act else one for one, act in zip(frozen, acts, strict=True)]
+        return frozen
+
+    def assign(self, params: Any) -> list[Assigned]:
+        leaves, structure = trees.flatten("params", params)
+        selection = self.select(params, leaves, structure)
+        tables = [stage.table for stage in self.stages if isinstance(stage, Groups)]
+        labels = zip(*([table.label(group) for group in table(structure)] for table in tables), strict=True)
+        groups = [" ".join(some) for some in labels] if tables else [""] * len(leaves)
+        assigned = [Assigned(group, frozen, {}) for group, frozen in zip(groups, selection.frozen, strict=True)]
+        for stage in self.flat:
+            if isinstance(stage, Foreign):
+                acts = selection.acting(stage.mask)
+                inner = iter(stage.body.assign(passes.masked(acts, params, leaves, structure)))
+                assigned = [one.joined(next(inner)) if act else one for one, act in zip(assigned, acts, strict=True)]
+                continue
+            for rule in stage.walk():
+                own = {str(h.name): h for _, h in rule.arguments if isinstance(h, Hyperparameter)}
+                acts = selection.acting(stage.mask, rule.mask)
+                assigned = [
+                    one.joined(Assigned(hyperparameters=own)) if act else one
+                    for one, act in zip(assigned, acts, strict=True)
+                ]
+        return assigned
+
+
+def _reports(stage: Rule | Foreign) -> tuple[str, ...]:
+    return stage.reports if isinstance(stage, Rule) else stage.body.reports

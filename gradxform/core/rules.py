@@ -65,8 +65,17 @@ def no_slots(param: Array) -> Slots:
 
 
 def pass_through(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    """The `update` of a rule on a leaf that its mask leaves out."""
+    """u ← u"""
     return update, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a rule wants to know of all leaves: numbers of each, and how those of a sharded leaf make one."""
+
+    of: Callable[[Array], Mapping[str, Array]]
+    across: Callable[[Mapping[str, Array], tuple[str, ...]], Mapping[str, Array]] | None = None
+    """From a mesh's shards, the numbers stacked over leaves and the axes they are sharded over, to the whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +87,13 @@ class Rule:
     init: Callable[[Array], Slots]
     update: Callable[[Array, Slots, Array | None, Step], tuple[Array, Slots]]
     prepare: Callable[[Step], Mapping[str, Any]] | None = None
-    measure: Callable[[Array, Step], Mapping[str, Any]] | None = None
+    measure: Measure | None = None
     gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None
+    memory: tuple[tuple[str, float], ...] = ()
+    reports: tuple[str, ...] = ()
+    axis_name: tuple[str, ...] | None = None
     mask: Mask | None = None
+    freezes: bool = False
     needs_params: bool = False
     state_dtype: np.dtype[Any] | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
@@ -112,11 +125,28 @@ class Rule:
         return self._mapped(lambda rule: rule.bind(name_of), bound)
 
     def select(self, acts: Callable[[Mask], bool]) -> Rule:
-        """The rule for one leaf: it and its branches' rules pass the update through where their mask says so."""
-        chosen = self._mapped(lambda rule: rule.select(acts))
-        if self.mask is None or acts(self.mask):
-            return chosen
-        return dataclasses.replace(chosen, update=pass_through, prepare=None, mask=None)
+        """The rule for one leaf: where a mask leaves the leaf out, nothing stands in its place, without state."""
+        if self.mask is not None and not acts(self.mask):
+            return NOTHING
+        return dataclasses.replace(self._mapped(lambda rule: rule.select(acts)), mask=None)
+
+    def override(self, changes: Mapping[str, Any], group: str) -> Rule:
+        """The rule in a group that has other values of some hyperparameters."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Hyperparameter) and value.name in changes:
+                return value.replaced(changes[value.name], group)
+            return value
+
+        return self._mapped(lambda rule: rule.override(changes, group), changed)
+
+    def shown_in(self, group: str) -> Rule:
+        """The rule with the name of its group before those of its hyperparameters."""
+
+        def led(value: Any) -> Any:
+            return dataclasses.replace(value, group=group) if isinstance(value, Hyperparameter) else value
+
+        return self._mapped(lambda rule: rule.shown_in(group), led)
 
     def _mapped(self, on_rule: Callable[[Rule], Rule], on_value: Callable[[Any], Any] = lambda value: value) -> Rule:
         """The rule with its branches' rules and its own other arguments replaced."""
@@ -130,7 +160,8 @@ class Rule:
         defaults = inspect.signature(self.constructor).parameters if self.constructor else {}
         dtype = None if self.state_dtype is None else str(self.state_dtype)
         parts: list[str] = []
-        for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", dtype)):
+        axis = self.axis_name if self.axis_name is None or len(self.axis_name) != 1 else self.axis_name[0]
+        for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", dtype), ("axis_name", axis)):
             default: Any = defaults[key].default if key in defaults else None
             off = value in (None, False, Branch(()), Hyperparameter(0.0))
             if not parts and isinstance(value, Hyperparameter):
@@ -140,11 +171,17 @@ class Rule:
         return f"{self.name}({', '.join(parts)})"
 
 
+NOTHING = Rule("identity", None, no_slots, pass_through)
+"""What stands in place of a rule on a leaf that it leaves alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scalars:
     """The numbers of one step in the dtype of one leaf's arithmetic."""
 
     number: Array
+    seed: Array
+    """For the stochastic rounding of low-precision states."""
     dynamic: dict[str, Array]
     prepared: tuple[dict[str, Any], ...] = ()
 
@@ -193,9 +230,11 @@ def _check_kept(rule: Rule, what: str, old: Array, new: Array) -> None:
         raise TypeError(f"{rule.name} turned {what} of {old.dtype} into {new.dtype}; real must stay real")
 
 
-def step_of(rule: Rule, scalars: Scalars, prepared: Mapping[str, Any] | None = None) -> Step:
+def step_of(
+    rule: Rule, scalars: Scalars, prepared: Mapping[str, Any] | None = None, memory: Mapping[str, Array] | None = None
+) -> Step:
     """The step as `rule` sees it."""
-    prepared = dict(prepared or {})
+    prepared = {**(prepared or {}), **(memory or {})}
 
     def resolve(key: str, value: Any) -> Any:
         if isinstance(value, Dynamic):

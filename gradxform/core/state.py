@@ -44,6 +44,14 @@ def unique_names(names: list[str]) -> list[str]:
     return unique
 
 
+def check_state_type(who: str, state: Any, expected: type[Any]) -> None:
+    """Raise unless `state` is of the class that `who` keeps its state in."""
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"state is {type(state).__name__}, {who}'s is {expected.__name__}; pass what its init or update returned"
+        )
+
+
 def get_hyperparams(state: Any) -> dict[str, jax.Array]:
     """The current value of every visible hyperparameter in an optimizer state.
 
@@ -61,7 +69,7 @@ def get_hyperparams(state: Any) -> dict[str, jax.Array]:
       >>> print(gx.get_hyperparams(tx.init(jnp.zeros(3))))
       {'learning_rate': Array(0.5, dtype=float32)}
     """
-    return {key: holder.hyperparams[name] for key, (holder, name) in _located(state).items()}
+    return {key: values[name] for key, (_, values, name) in _located(state, "hyperparams").items()}
 
 
 def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
@@ -78,7 +86,7 @@ def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **na
 
     Example: see `live`.
     """
-    places = _located(state)
+    places = {key: (holder, name) for key, (holder, _, name) in _located(state, "hyperparams").items()}
     new: dict[tuple[int, str], Any] = {}
     for name, value in {**(values or {}), **named}.items():
         matches = [place for key, place in places.items() if name in (key, place[1])]
@@ -105,25 +113,52 @@ def _checked(name: str, value: Any, holder: Any, local: str) -> Any:
     return jax.tree.structure(old).unflatten([jnp.asarray(value, dtype=jnp.asarray(old).dtype)])
 
 
-def _located(state: Any) -> dict[str, tuple[Any, str]]:
-    """Every hyperparameter: its shortest distinct name, the state that holds it and its name there."""
-    found = [(path, holder, name) for path, holder in _holders(state, ()) for name in holder.hyperparams]
-    times = collections.Counter(name for _, _, name in found)
-    return {name if times[name] == 1 else "/".join((*path, name)): (holder, name) for path, holder, name in found}
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """All that an optimizer state tells of the last step, flat: for any tracker.
+
+    Args:
+      state: Any optimizer state: ours, nested in wrappers, or inside foreign chains, such as a Flax `TrainState`'s or
+        `nnx.Optimizer`'s ``opt_state``.
+
+    Returns:
+      Name to 0-d array: what `observe` measured, the counters of `skip_nonfinite`, `skip_spikes` and `accumulate`, and
+      the hyperparameters of `get_hyperparams`. A name that occurs more than once is led by its place in the state.
+
+    Example: see `observe`.
+    """
+    found = {key: values[name] for key, (_, values, name) in _located(state, "metrics").items()}
+    return {name: jnp.asarray(value[...]) for name, value in (found | get_hyperparams(state)).items()}
 
 
-def _holders(state: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every state with hyperparameters, outermost first, and where it stands."""
-    if _holds(state):
+def _located(state: Any, attribute: str) -> dict[str, tuple[Any, Mapping[str, Any], str]]:
+    """Every value in these dicts: its shortest distinct name, the state that holds it, the dict and its name there."""
+    found = [
+        (path, holder, getattr(holder, attribute), name)
+        for path, holder in _holders(state, (), attribute)
+        for name in getattr(holder, attribute)
+    ]
+    times = collections.Counter(name for *_, name in found)
+    return {
+        name if times[name] == 1 else "/".join((*path, name)): (holder, values, name)
+        for path, holder, values, name in found
+    }
+
+
+def _holders(state: Any, path: tuple[str, ...], attribute: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every state with such a dict of its own, outermost first, and where it stands."""
+    if _holds(state, attribute):
         yield path, state
-    nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_holds_below(state))
+    nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_holds_below(state, attribute))
     for keys, node in nodes:
-        if _holds(node):
-            yield from _holders(node, (*path, jax.tree_util.keystr(keys, simple=True, separator="/")))
+        if _holds(node, attribute):
+            yield from _holders(node, (*path, jax.tree_util.keystr(keys, simple=True, separator="/")), attribute)
 
 
-def _holds(state: Any) -> bool:
-    return "hyperparams" in getattr(state, "_fields", ()) and isinstance(state.hyperparams, dict)
+def _holds(state: Any, attribute: str) -> bool:
+    """Whether a state has a dict of that name: hyperparameters as a field, for elsewhere they are another state's."""
+    if attribute == "hyperparams" and attribute not in getattr(state, "_fields", ()):
+        return False
+    return hasattr(state, "_fields") and isinstance(getattr(state, attribute, None), Mapping)
 
 
 def _foreign(holder: Any) -> bool:
@@ -131,15 +166,15 @@ def _foreign(holder: Any) -> bool:
     return not hasattr(holder, "settable")
 
 
-def _holds_below(state: Any) -> Callable[[Any], bool]:
-    return lambda node: node is not state and _holds(node)
+def _holds_below(state: Any, attribute: str) -> Callable[[Any], bool]:
+    return lambda node: node is not state and _holds(node, attribute)
 
 
 def _replace(state: Any, new: dict[tuple[int, str], Any]) -> Any:
     """`state` with the values `new` gives by holder and name."""
-    inner, structure = jax.tree.flatten(state, is_leaf=_holds_below(state))
-    rebuilt = structure.unflatten([_replace(node, new) if _holds(node) else node for node in inner])
-    if not _holds(state):
+    inner, structure = jax.tree.flatten(state, is_leaf=_holds_below(state, "hyperparams"))
+    rebuilt = structure.unflatten([_replace(node, new) if _holds(node, "hyperparams") else node for node in inner])
+    if not _holds(state, "hyperparams"):
         return rebuilt
     changed = {name: new.get((id(state), name), value) for name, value in rebuilt.hyperparams.items()}
     return rebuilt._replace(hyperparams=changed)

@@ -64,6 +64,34 @@ def is_complex(dtype: np.dtype[Any] | None) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.complexfloating))
 
 
+def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structure: Any, index: int) -> tuple[str, ...]:
+    """The axes in `axis_name` over which a leaf inside `shard_map` or `pmap` is one shard of several.
+
+    Raises if it is sharded over others. Where JAX does not track what varies, under `pmap` or ``check_vma=False``,
+    every leaf counts as sharded over all of `axis_name`.
+    """
+    if axis_name == ():
+        return ()
+    varying = _varying(leaf)
+    strange = varying.difference(axis_name or ())
+    if strange:
+        raise ValueError(
+            f"{name_leaf('updates', structure, index)} varies over the mesh axis {', '.join(sorted(strange))}, and "
+            f"{who} would see one shard of it: say axis_name={sorted(varying)}, or average the gradients first if "
+            "they are of different batches; axis_name=() takes each shard by itself"
+        )
+    if axis_name is None:
+        return ()
+    return tuple(axis for axis in axis_name if axis in varying or not _varying(jax.lax.axis_index(axis)))
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The mesh axes over which JAX knows an array to differ."""
+    kind = jax.typeof(x) if isinstance(x, jax.Array) else None
+    manual = getattr(kind, "manual_axis_type", None)  # JAX 0.10.2 and later; before, `vma`
+    return getattr(manual, "varying", None) or getattr(kind, "vma", None) or frozenset()
+
+
 def flatten(argument: str, tree: Any) -> tuple[list[Any], Any]:
     """Leaves and structure of a tree whose leaves must be floating-point or complex arrays."""
     leaves, structure = jax.tree.flatten(tree)

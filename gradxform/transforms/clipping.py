@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, positive
-from gradxform.core.lift import Transformation, lift
+from gradxform.core.lift import lift
+from gradxform.core.masks import MaskLike
+from gradxform.core.norms import LEAF_NORMS
 from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import norm
+from gradxform.numerics import factor_to, norm
 
 
 def clip_by_value(max_value: Numeric) -> Transformation:
@@ -50,17 +54,24 @@ def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
     return lift(no_slots, _clip_leaf, constructor=clip_by_leaf_norm, max_norm=positive(max_norm))
 
 
-def clip_by_global_norm(max_norm: Numeric) -> Transformation:
+def clip_by_global_norm(
+    max_norm: Numeric, *, axis_name: str | Sequence[str] | None = None, mask: MaskLike | None = None
+) -> Transformation:
     """u ← u·min(1, c/‖u‖₂), with one norm over all leaves, taken in at least float32.
 
     The norm does not overflow, even where the sum of squares would. If an element is NaN or infinite, so
-    are the clipped updates, rather than zero.
+    are the clipped updates, rather than zero. Frozen leaves do not count.
 
     Args:
       max_norm: c > 0.
+      axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes over which leaves are sharded: the norm is
+        that of the whole leaves. Leaves that `shard_map` knows to be replicated count once; where JAX does not
+        track that (``pmap``, ``check_vma=False``) every leaf counts as sharded. ``()`` takes each shard by itself.
+      mask: Which leaves count and are clipped; see `add_decoupled_weight_decay`.
 
     Raises:
-      TypeError, ValueError: if ``max_norm`` is no positive number.
+      TypeError, ValueError: if ``max_norm`` is no positive number, or a leaf is sharded over an axis that
+        ``axis_name`` does not name.
 
     References:
       Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063, algorithm 1.
@@ -77,35 +88,29 @@ def clip_by_global_norm(max_norm: Numeric) -> Transformation:
         no_slots,
         _rescale,
         constructor=clip_by_global_norm,
-        measure=_measure,
+        measure=LEAF_NORMS,
         gather=_gather,
+        reports=("clipped",),
+        axis_name=axis_name,
+        mask=mask,
         max_norm=positive(max_norm),
     )
 
 
 def _clip(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     if jnp.iscomplexobj(update):
-        return update * _factor(jnp.abs(update), step.max_value), state
+        return update * factor_to(jnp.abs(update), step.max_value), state
     return jnp.clip(update, -step.max_value, step.max_value), state
 
 
 def _clip_leaf(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    return update * _factor(norm(update), step.max_norm), state
+    return update * factor_to(norm(update), step.max_norm), state
 
 
 def _rescale(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     return update * step.factor, state
 
 
-def _measure(update: Array, step: Step) -> dict[str, Array]:
-    return {"norm": norm(update)}
-
-
 def _gather(measured: Any, step: Step) -> dict[str, Array]:
-    return {"factor": _factor(norm(measured["norm"]), step.max_norm)}
-
-
-def _factor(size: Array, limit: Any) -> Array:
-    """What brings `size` down to `limit`: min(1, limit/size), NaN where the size is not finite."""
-    bounded = jnp.where(size > limit, limit / jnp.where(size > limit, size, 1), 1)
-    return jnp.where(jnp.isfinite(size), bounded, jnp.nan)
+    size = norm(measured["norm"])
+    return {"factor": factor_to(size, step.max_norm), "clipped": size > step.max_norm}

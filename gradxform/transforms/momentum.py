@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, Range, flag, fraction, ranged
-from gradxform.core.lift import Transformation, lift
+from gradxform.core.lift import lift
 from gradxform.core.rules import Array, Slots, Step, no_slots
 from gradxform.numerics import lerp, one_minus_power
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, flag, fraction, non_negative
-from gradxform.core.lift import Transformation, branch, lift
+from gradxform.core.lift import branch, lift
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.numerics import (
     abs_squared,

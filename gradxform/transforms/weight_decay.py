@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, non_negative
-from gradxform.core.lift import Transformation, lift
+from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
 from gradxform.core.rules import Array, Slots, Step, no_slots
 

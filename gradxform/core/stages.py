@@ -1,0 +1,123 @@
+"""What a chain is made of: rules, what sees whole trees, and groups of leaves with stages of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+from gradxform.core.body import Body
+from gradxform.core.masks import Both, Mask, Members, Table
+from gradxform.core.rules import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A stage that is no rule: it sees the trees of all leaves it acts on."""
+
+    body: Body
+    mask: Mask | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.body)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The stages of the leaves that a pattern matches, and how the user wrote them."""
+
+    stages: tuple[Stage, ...]
+    written: Any = dataclasses.field(compare=False)
+
+    def __repr__(self) -> str:
+        return repr(self.written)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """A stage that does something else in each group of leaves."""
+
+    table: Table
+    groups: tuple[Group, ...]
+    """In the order of the table; the default is last, if there is one."""
+    joint: bool
+
+    def expanded(self) -> list[Rule | Foreign]:
+        """The same as one sequence of stages that each act on some groups.
+
+        Every group's stages keep their order. Stages that need all leaves at once, such as a global norm, are brought
+        in line, so that where several groups have one, it is one stage over all of them.
+        """
+        last = len(self.groups) - 1
+        order = (
+            [last, *range(last)] if self.table.has_default else range(len(self.groups))
+        )  # the default gives the names
+        turns = {index: list(_turns(self.groups[index].stages)) for index in order}
+        sequence: list[Rule | Foreign] = []
+        for turn in range(max(map(len, turns.values()))):
+            now = [(stage, index) for index, runs in turns.items() if turn < len(runs) for stage in runs[turn]]
+            sequence += self._shared([(stage, index) for stage, index in now if not _measures(stage)])
+            sequence += self._joined([(stage, index) for stage, index in now if _measures(stage)])
+        return sequence
+
+    def _joined(self, stages: list[tuple[Rule | Foreign, int]]) -> list[Rule | Foreign]:
+        if not self.joint:
+            return [self._within(stage, index) for stage, index in stages]
+        shared = self._shared(stages)
+        if len(shared) > 1:
+            raise ValueError(
+                f"by_path: {shared[0]!r} and {shared[1]!r} in different groups need one norm over all leaves; "
+                "give both the same numbers, or a norm per group with joint_norm=False"
+            )
+        return shared
+
+    def _shared(self, stages: list[tuple[Rule | Foreign, int]]) -> list[Rule | Foreign]:
+        """Equal stages of different groups as one, where that keeps each group's order."""
+        merged: list[tuple[Rule | Foreign, list[int]]] = []
+        last: dict[int, int] = {}  # how far each group has come in `merged`
+        for stage, index in stages:
+            start = last.get(index, -1) + 1
+            alike = (i for i in range(start, len(merged)) if merged[i][0] == stage)
+            place = next(alike, None) if self.joint or isinstance(stage, Rule) else None
+            if place is None:
+                merged.append((stage, []))
+                place = len(merged) - 1
+            merged[place][1].append(index)
+            last[index] = place
+        return [self._within(stage, *indices) for stage, indices in merged]
+
+    def _within(self, stage: Rule | Foreign, *groups: int) -> Rule | Foreign:
+        members = Members(self.table, frozenset(groups))
+        return dataclasses.replace(stage, mask=members if stage.mask is None else Both(members, stage.mask))
+
+    def __repr__(self) -> str:
+        names = self.table.names()
+        parts = [f"{{{', '.join(f'{n!r}: {g!r}' for n, g in zip(names, self.groups, strict=False))}}}"]
+        if self.table.has_default:
+            parts.append(f"default={self.groups[-1]!r}")
+        if not self.joint:
+            parts.append("joint_norm=False")
+        return f"by_path({', '.join(parts)})"
+
+
+Stage: TypeAlias = Rule | Foreign | Groups
+
+
+def expanded(stages: Sequence[Stage]) -> list[Rule | Foreign]:
+    """The stages with groups resolved into stages that act on some leaves."""
+    return [one for stage in stages for one in (stage.expanded() if isinstance(stage, Groups) else [stage])]
+
+
+def _turns(stages: Sequence[Stage]) -> Iterator[list[Rule | Foreign]]:
+    """The stages in runs that each end with one that measures."""
+    turn: list[Rule | Foreign] = []
+    for stage in expanded(stages):
+        turn.append(stage)
+        if _measures(stage):
+            yield turn
+            turn = []
+    yield turn
+
+
+def _measures(stage: Rule | Foreign) -> bool:
+    return isinstance(stage, Rule) and stage.measure is not None

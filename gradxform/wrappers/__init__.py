@@ -1,0 +1,1 @@
+"""Transformations around transformations: when they run, on what numbers, and what is told of it."""

@@ -1,0 +1,143 @@
+"""Against batches that do not fit: gather gradients, step once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform.core.hyperparameters import count_of, live, visible_dtype
+from gradxform.core.lift import lift
+from gradxform.core.norms import leaf_norms, total
+from gradxform.core.passes import Leaves, masked, trained, trained_leaves
+from gradxform.core.rules import Array, Slots, Step
+from gradxform.core.state import check_state_type, get_hyperparams
+from gradxform.core.trees import concrete
+from gradxform.numerics import cast, lerp
+
+
+class AccumulateState(NamedTuple):
+    """What `accumulate` carries from one mini-batch to the next."""
+
+    pending: jax.Array
+    """Gradients seen since the last step, int32."""
+    kept: jax.Array
+    """Those of them that were finite and are in the mean, int32."""
+    dropped: jax.Array
+    """Gradients left out since `init` because they were not finite, int32."""
+    mean: Any
+    """The mean so far, a tree like the parameters, in at least float32."""
+    inner: Any
+    """The state of the accumulated transformation."""
+
+    @property
+    def hyperparams(self) -> dict[str, jax.Array]:
+        """Those of the inner state, for trackers that look at the top."""
+        return get_hyperparams(self.inner)
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """For `gradxform.metrics`."""
+        return {"dropped": self.dropped}
+
+
+def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
+    """ḡ = mean of the finite ones of g₁, …, gₖ,  u ← tx(ḡ) at every k-th call, 0 at the others.
+
+    With k mini-batches of equal size that make up the data set, ``accumulate(sgd(α), every=k)`` is gradient
+    descent on the full batch at the memory of a mini-batch. The inner transformation runs, and its
+    schedules and moments advance, only at every k-th call. A gradient that is not finite is left out of the mean
+    and counted; if all k are, the inner transformation gets the last as it is, so that the failure shows.
+
+    Args:
+      tx: Any transformation.
+      every: k ≥ 1, calls per step.
+
+    Returns:
+      A transformation whose state has ``pending`` (gradients seen since the last step), ``kept`` (those in the
+      mean), ``dropped`` (those left out since `init`), ``mean`` (float32 at least, shaped like the parameters,
+      nothing for frozen ones) and ``inner``.
+
+    Raises:
+      TypeError, ValueError: if ``every`` is no whole number of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.accumulate(gx.sgd(1.0), every=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> first, state = tx.update(jnp.array([1.0]), state)
+      >>> second, state = tx.update(jnp.array([3.0]), state)
+      >>> print(first, second)
+      [0.] [-2.]
+    """
+    return Transformation.of(Accumulate(body_of("tx of accumulate", tx), count_of("every", every)))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Accumulate(Wrapper):
+    """The body of `accumulate`."""
+
+    every: int
+
+    def init(self, params: Any) -> AccumulateState:
+        pending, kept, dropped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        mean = _MEAN.init(trained(self.tx, params)).mean
+        return AccumulateState(pending, kept, dropped, mean, self.tx.init(params))
+
+    def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        check_state_type("accumulate", state, AccumulateState)
+        leaves = Leaves.of(updates, params)
+        acts = trained_leaves(self.tx, params, updates)
+        kept = jnp.isfinite(total(leaf_norms(leaves, acts, call, "accumulate", ()))).astype(jnp.int32)
+        rounded, after = _MEAN.update(
+            masked(acts, updates, leaves.updates, leaves.structure),
+            _MEAN_STATE(count=state.kept, hyperparams={"finite": kept.astype(visible_dtype())}, mean=state.mean),
+            None if params is None else masked(acts, params, leaves.params, leaves.structure),
+        )
+        seen = state._replace(
+            pending=state.pending + 1, kept=state.kept + kept, dropped=state.dropped + (1 - kept), mean=after.mean
+        )
+
+        def step() -> tuple[Any, AccumulateState, Report]:
+            means = leaves.structure.flatten_up_to(rounded if params is None else after.mean)
+            gradient = [
+                jnp.where(seen.kept > 0, mean, cast(raw, mean.dtype)) if act else raw
+                for act, mean, raw in zip(acts, means, leaves.updates, strict=True)
+            ]
+            stepped, inner, report = self.tx.step(
+                leaves.structure.unflatten(gradient), state.inner, params, Call(call.extra_args)
+            )
+            zeros = optax.tree.zeros_like
+            reset = AccumulateState(*map(zeros, (seen.pending, seen.kept)), seen.dropped, zeros(seen.mean), inner)
+            given = [cast(one, dtype) for one, dtype in zip(jax.tree.leaves(stepped), dtypes, strict=True)]
+            return leaves.structure.unflatten(given), reset, report
+
+        def wait() -> tuple[Any, AccumulateState, Report]:
+            like = leaves.updates if params is None else leaves.params
+            nothing = [jnp.zeros_like(one, dtype=dtype) for one, dtype in zip(like, dtypes, strict=True)]
+            report = {name: jnp.zeros((), jnp.float32) for name in self.reports}
+            return leaves.structure.unflatten(nothing), seen, report
+
+        dtypes = leaves.arithmetic if self.lands else leaves.final
+        due = seen.pending == self.every
+        if concrete(due):
+            return step() if due else wait()
+        return jax.lax.cond(due, step, wait)
+
+
+def _zeros(param: Array) -> Slots:
+    return {"mean": jnp.zeros_like(param)}
+
+
+def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    mean = jnp.where(step.finite > 0, lerp(state["mean"], update, 1 / step.number), state["mean"])
+    return mean, {"mean": mean}
+
+
+_MEAN = lift(_zeros, _average, finite=live(1.0))
+_MEAN_STATE = type(_MEAN.init(()))

@@ -1,0 +1,158 @@
+"""Against training blind: norms, ratios and counts of every step, in a state that `scan` carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradxform.core import trees
+from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform.core.hyperparameters import axes, visible_dtype
+from gradxform.core.masks import Table, table_of
+from gradxform.core.norms import leaf_norms, total
+from gradxform.core.passes import Leaves, trained_leaves
+from gradxform.core.state import check_state_type, get_hyperparams
+
+
+class ObserveState(NamedTuple):
+    """What `observe` carries from step to step."""
+
+    metrics: dict[str, jax.Array]
+    """Those of the last step, by name; see `observe`."""
+    inner: Any
+    """The state of the observed transformation."""
+
+    @property
+    def hyperparams(self) -> dict[str, jax.Array]:
+        """Those of the inner state, for trackers that look at the top."""
+        return get_hyperparams(self.inner)
+
+
+def observe(
+    tx: optax.GradientTransformation,
+    by: str | Mapping[str, str | re.Pattern[str]] | None = None,
+    *,
+    axis_name: str | Sequence[str] | None = None,
+) -> Transformation:
+    """u ← tx(g), and ‖g‖, ‖u‖, ‖θ‖, ‖u‖/‖θ‖ into the state, where `metrics` finds them.
+
+    The metrics are float32 scalars (float64 under x64) of the last step, of the leaves that are not frozen:
+
+    - ``grad_norm``, ``update_norm``, ``param_norm`` and ``update_ratio``, the update's norm over the parameters';
+    - ``nonfinite``, how many leaves of the gradient hold a NaN or an infinity;
+    - ``clipped``, 1 where a clipping in ``tx`` that sees all leaves shortened the gradient, else 0; for one that
+      treats each leaf by itself the fraction of leaves.
+
+    A norm that clipping or a guard within ``tx`` takes as well is taken once.
+
+    Args:
+      tx: Any transformation.
+      by: What to tell apart besides: ``"leaf"``, ``"group"`` (those of `by_path` in ``tx``), or a dict from names to
+        path patterns, whose leaves may overlap; adds ``grad_norm/<name>`` and so on. None for totals only.
+      axis_name: See `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state has ``metrics`` and ``inner``.
+
+    Raises:
+      TypeError, ValueError: if ``by`` is none of these, a pattern matches no leaf, or ``update`` gets no params.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.observe(gx.chain(gx.clip_by_global_norm(1.0), gx.sgd(0.1)))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> updates, state = tx.update(2 * params, tx.init(params), params)
+      >>> for name, value in gx.metrics(state).items():
+      ...     print(f"{name} {value:.2f}")
+      clipped 1.00
+      grad_norm 10.00
+      nonfinite 0.00
+      param_norm 5.00
+      update_norm 0.10
+      update_ratio 0.02
+      learning_rate 0.10
+    """
+    if by is not None and by not in ("leaf", "group") and not isinstance(by, Mapping):
+        raise TypeError(f"by must be 'leaf', 'group', a dict from names to patterns, or None, got {by!r}")
+    parts = by
+    if isinstance(by, Mapping):
+        parts = tuple((str(name), table_of([pattern], has_default=True)) for name, pattern in by.items())
+    return Transformation.of(Observe(body_of("tx of observe", tx), parts, axes("axis_name", axis_name)))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Observe(Wrapper):
+    """The body of `observe`."""
+
+    by: str | tuple[tuple[str, Table], ...] | None
+    axis_name: tuple[str, ...] | None
+
+    def init(self, params: Any) -> ObserveState:
+        _, structure = trees.flatten("params", params)
+        acts = trained_leaves(self.tx, params, params)
+        names = [name for part in self._parts(params, structure, acts) for name in _names(part)]
+        nothing = {name: jnp.zeros((), visible_dtype()) for name in sorted([*names, *self.reports])}
+        return ObserveState(nothing, self.tx.init(params))
+
+    def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        check_state_type(self.name, state, ObserveState)
+        if params is None:
+            raise ValueError("observe needs the parameters: call update(updates, state, params)")
+        leaves = Leaves.of(updates, params)
+        acts = trained_leaves(self.tx, params, updates)
+
+        def norms(tree: Any) -> jax.Array:
+            return leaf_norms(Leaves.of(tree, params), acts, call, self.name, self.axis_name)
+
+        gradient = norms(updates)
+        new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
+        measured = _metrics(
+            {name: np.asarray(chosen) for name, chosen in self._parts(params, leaves.structure, acts).items()},
+            gradient, norms(new_updates), norms(params),
+        )  # fmt: skip
+        metrics = {name: jnp.asarray(value, visible_dtype()) for name, value in sorted((measured | report).items())}
+        return new_updates, ObserveState(metrics, inner), report
+
+    def _parts(self, params: Any, structure: Any, acts: list[bool]) -> dict[str, list[bool]]:
+        """Of the leaves that count, those of every part that is told apart, by name; all under the empty name."""
+        if self.by is None:
+            parts: dict[str, list[bool]] = {}
+        elif self.by == "leaf":
+            paths = trees.paths(structure)
+            parts = {path: [path == other for other in paths] for path in paths}
+        elif self.by == "group":
+            groups = [one.group for one in self.tx.assign(params)]
+            parts = {group: [group == other for other in groups] for group in groups if group}
+        else:
+            parts = {name: [group == 0 for group in table(structure)] for name, table in self.by}
+        parts = {"": [True] * len(acts), **parts}
+        counted = {name: [one for one, act in zip(some, acts, strict=True) if act] for name, some in parts.items()}
+        return {name: some for name, some in counted.items() if not name or any(some)}
+
+
+_MEASURED = ("grad_norm", "update_norm", "param_norm", "update_ratio", "nonfinite")
+
+
+def _names(part: str) -> list[str]:
+    return [f"{name}/{part}" if part else name for name in _MEASURED]
+
+
+def _metrics(
+    parts: Mapping[str, np.ndarray], gradient: jax.Array, update: jax.Array, param: jax.Array
+) -> dict[str, jax.Array]:
+    """The metrics of every part, from the norms of all leaves."""
+    metrics: dict[str, jax.Array] = {}
+    for part, chosen in parts.items():
+        grads, steps, weights = (total(norms[chosen]) for norms in (gradient, update, param))
+        ratio = jnp.where(weights > 0, steps / jnp.where(weights > 0, weights, 1), 0)
+        nonfinite = jnp.sum(~jnp.isfinite(gradient[chosen]), dtype=jnp.float32)
+        metrics |= zip(_names(part), (grads, steps, weights, ratio, nonfinite), strict=True)
+    return metrics

@@ -1,0 +1,241 @@
+"""Against single bad batches: leave parameters and state as they were, count it, and say so if it does not end."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform.core.hyperparameters import axes, check_real, count_of, number_in, positive_range
+from gradxform.core.norms import leaf_norms, total
+from gradxform.core.passes import Leaves, increment, trained_leaves
+from gradxform.core.state import check_state_type, get_hyperparams
+from gradxform.numerics import no_update
+
+_LOG = logging.getLogger("gradxform")
+
+
+class SkipState(NamedTuple):
+    """What `skip_nonfinite` and `skip_spikes` carry from step to step."""
+
+    skipped: jax.Array
+    """Steps skipped since `init`, int32."""
+    skipped_in_a_row: jax.Array
+    """Bad steps since the last good one, int32."""
+    norms: Any
+    """The last global norms of the gradient, float32, for `skip_spikes` that watches them."""
+    losses: Any
+    """The last losses, float32, for `skip_spikes` that watches them."""
+    seen: Any
+    """Steps recorded in them, int32."""
+    inner: Any
+    """The state of the guarded transformation."""
+
+    @property
+    def hyperparams(self) -> dict[str, jax.Array]:
+        """Those of the inner state, for trackers that look at the top."""
+        return get_hyperparams(self.inner)
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """For `gradxform.metrics`."""
+        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+
+def skip_nonfinite(
+    tx: optax.GradientTransformation, max_consecutive: int = 10, *, axis_name: str | Sequence[str] | None = None
+) -> Transformation:
+    """u ← tx(g) where ‖g‖ is finite, else −0: a step with NaN or infinity changes no bit of parameters and state.
+
+    Skipped steps are counted. After ``max_consecutive`` in a row the next bad step is taken as it comes, so that
+    the loss shows it, and an error is logged (logger ``gradxform``), under ``jit`` as well.
+
+    Args:
+      tx: Any transformation.
+      max_consecutive: How many bad steps in a row are skipped, at least 1.
+      axis_name: See `clip_by_global_norm`; every shard then skips together.
+
+    Returns:
+      A transformation whose state has ``skipped``, ``skipped_in_a_row`` and ``inner``.
+
+    Raises:
+      TypeError, ValueError: if ``max_consecutive`` is no whole number of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.skip_nonfinite(gx.sgd(0.1, momentum=0.9))
+      >>> updates, state = tx.update(jnp.array([jnp.nan, 1.0]), tx.init(jnp.ones(2)))
+      >>> print(updates, state.inner.mu, state.skipped)
+      [-0. -0.] [0. 0.] 1
+    """
+    body = body_of("tx of skip_nonfinite", tx)
+    return Transformation.of(
+        SkipNonfinite(body, count_of("max_consecutive", max_consecutive), axes("axis_name", axis_name))
+    )
+
+
+def skip_spikes(
+    tx: optax.GradientTransformation,
+    threshold: float = 6.0,
+    window: int = 128,
+    *,
+    watch: str = "norm",
+    max_consecutive: int = 10,
+    axis_name: str | Sequence[str] | None = None,
+) -> Transformation:
+    """u ← tx(g) where x ≤ mean(x₋ₖ…x₋₁) + c·std(x₋ₖ…x₋₁), else −0: x is the gradient's norm, the loss, or both.
+
+    A step whose global norm or loss lies far above those of the last steps changes no bit of parameters and state.
+    Skipped values enter the statistics, so that a lasting change of level becomes the new level; values that are
+    not finite are skipped and do not. The first ``window // 2`` steps are all taken if they are finite.
+
+    Args:
+      tx: Any transformation.
+      threshold: c > 0, in standard deviations.
+      window: k ≥ 2, how many steps are looked back upon.
+      watch: ``"norm"``, ``"loss"`` or ``"both"``; the loss is what ``update(…, value=loss)`` passes.
+      max_consecutive: See `skip_nonfinite`.
+      axis_name: See `skip_nonfinite`.
+
+    Returns:
+      A transformation whose state has ``skipped``, ``skipped_in_a_row``, the last ``norms`` and ``losses``, how
+      many were ``seen``, and ``inner``.
+
+    Raises:
+      TypeError, ValueError: if an argument is out of its range, or the loss is watched and ``update`` gets none.
+
+    References:
+      Groeneveld et al. 2024, arXiv 2402.00838, and its successors' SkipStepOptimizer: mean + 6σ of 128 steps.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.skip_spikes(gx.sgd(0.1), window=4)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (1.0, 1.1, 0.9, 1.0, 1000.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      >>> print(updates, state.skipped)
+      [-0.] 1
+    """
+    if watch not in ("norm", "loss", "both"):
+        raise ValueError(f"watch must be 'norm', 'loss' or 'both', got {watch!r}")
+    if count_of("window", window) < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    return Transformation.of(
+        SkipSpikes(
+            body_of("tx of skip_spikes", tx),
+            count_of("max_consecutive", max_consecutive),
+            axes("axis_name", axis_name),
+            number_in("threshold", threshold, positive_range()),
+            window,
+            watch,
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Skip(Wrapper):
+    """Take a step or leave everything as it was."""
+
+    max_consecutive: int
+    axis_name: tuple[str, ...] | None
+
+    @abc.abstractmethod
+    def judged(self, state: SkipState, norm: jax.Array, call: Call) -> tuple[jax.Array, SkipState]:
+        """Whether the step is good, and the state with what was seen recorded."""
+
+    def empty(self) -> dict[str, Any]:
+        """The fields for what was seen."""
+        return {"norms": None, "losses": None, "seen": None}
+
+    def init(self, params: Any) -> SkipState:
+        skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return SkipState(skipped, in_a_row, **self.empty(), inner=self.tx.init(params))
+
+    def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        check_state_type(self.name, state, SkipState)
+        leaves = Leaves.of(updates, params)
+        norms = leaf_norms(leaves, trained_leaves(self.tx, params, updates), call, self.name, self.axis_name)
+        good, recorded = self.judged(state, total(norms), call)
+        gives_up = ~good & (state.skipped_in_a_row >= self.max_consecutive)
+        taken = good | gives_up
+        new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
+        shown = (gives_up, state.skipped_in_a_row)
+        jax.lax.cond(gives_up, lambda: jax.debug.callback(_report_failure, *shown, name=self.name), lambda: None)
+        return (
+            jax.tree.map(lambda new: jnp.where(taken, new, no_update(new)), new_updates),
+            recorded._replace(
+                skipped=jnp.where(taken, state.skipped, increment(state.skipped)),
+                skipped_in_a_row=jnp.where(good, 0, increment(state.skipped_in_a_row)),
+                inner=jax.tree.map(lambda new, old: jnp.where(taken, new, old), inner, state.inner),
+            ),
+            report,
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SkipNonfinite(_Skip):
+    """The body of `skip_nonfinite`."""
+
+    def judged(self, state: SkipState, norm: jax.Array, call: Call) -> tuple[jax.Array, SkipState]:
+        return jnp.isfinite(norm), state
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SkipSpikes(_Skip):
+    """The body of `skip_spikes`."""
+
+    threshold: float
+    window: int
+    watch: str
+
+    def empty(self) -> dict[str, Any]:
+        norms, losses = (
+            jnp.zeros(self.window, jnp.float32) if self.watch in (which, "both") else None for which in ("norm", "loss")
+        )
+        return {"norms": norms, "losses": losses, "seen": jnp.zeros((), jnp.int32)}
+
+    def judged(self, state: SkipState, norm: jax.Array, call: Call) -> tuple[jax.Array, SkipState]:
+        latest = {"norms": norm}
+        if self.watch != "norm":
+            latest["losses"] = self._loss(call)
+        watched = {name: x.astype(jnp.float32) for name, x in latest.items() if getattr(state, name) is not None}
+        finite = jnp.stack([jnp.isfinite(x) for x in latest.values()]).all()
+        usual = [self._usual(getattr(state, name), x, state.seen) for name, x in watched.items()]
+        place = jnp.arange(self.window) == state.seen % self.window
+        kept = {name: jnp.where(place & finite, x, getattr(state, name)) for name, x in watched.items()}
+        seen = jnp.where(finite, increment(state.seen), state.seen)
+        return finite & jnp.stack(usual).all(), state._replace(**kept, seen=seen)
+
+    def _usual(self, past: jax.Array, latest: jax.Array, seen: jax.Array) -> jax.Array:
+        """Whether `latest` is no spike above the `past`, of which `seen` values are filled; the first pass."""
+        number = jnp.minimum(seen, self.window).astype(jnp.float32)
+        filled = jnp.arange(self.window) < seen
+        mean = jnp.sum(jnp.where(filled, past, 0)) / jnp.maximum(number, 1)
+        squares = jnp.sum(jnp.where(filled, jnp.square(past - mean), 0))
+        deviation = jnp.sqrt(squares / jnp.maximum(number - 1, 1))
+        return (number < max(2, self.window // 2 - 1)) | (latest - mean <= self.threshold * deviation)
+
+    def _loss(self, call: Call) -> jax.Array:
+        if "value" not in call.extra_args:
+            got = ", ".join(call.extra_args) or "no extra argument"
+            raise TypeError(f"skip_spikes watches the loss: call update(…, value=loss); it got {got}")
+        value = call.extra_args["value"]
+        check_real("value", value)
+        if np.shape(value) != ():
+            raise ValueError(f"value must be a scalar, got shape {np.shape(value)}")
+        return jnp.asarray(value, jnp.float32)
+
+
+def _report_failure(gives_up: Any, in_a_row: Any, *, name: str) -> None:
+    if np.any(gives_up):
+        _LOG.error("%s: %d bad steps in a row were skipped; this one is taken as it comes", name, np.max(in_a_row))
