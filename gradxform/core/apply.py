@@ -8,7 +8,7 @@ import jax
 
 from gradxform import numerics
 from gradxform.core import trees
-from gradxform.core.passes import Leaves
+from gradxform.core.leaves import Leaves
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

@@ -120,8 +120,9 @@ class Wrapper(Body):
         return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
 
     def __repr__(self) -> str:
-        options = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self)[1:]]
-        return f"{self.name}({', '.join([repr(self.tx), *options])})"
+        options = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:])
+        changed = [f"{name}={value!r}" for name, value, default in options if value != default]
+        return f"{self.name}({', '.join([repr(self.tx), *changed])})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,29 +66,40 @@ class Description:
     def __rich__(self) -> Any:
         from rich.table import Table  # only needed here, and slower to import than the library
 
-        shared, differing = self._split()
-        table = Table(caption="\n".join([*shared, self._totals()]), caption_justify="left", caption_style="")
-        table.add_column("path", overflow="fold")
-        table.add_column("shape", no_wrap=True)
-        table.add_column("dtype", no_wrap=True)
-        grouped = any(leaf.group for leaf in self.leaves)
-        for title in [*(["group"] if grouped else []), *differing]:
-            table.add_column(title, overflow="fold")
-        table.add_column("state", justify="right", no_wrap=True)
-        for leaf in self.leaves:
-            cells = [leaf.path or "(the only leaf)", "×".join(map(str, leaf.shape)) or "scalar", str(leaf.dtype)]
-            cells += [leaf.group] if grouped else []
-            cells += ["frozen" if leaf.frozen else _shown(leaf.hyperparameters.get(name)) for name in differing]
-            table.add_row(*map(_escaped, [*cells, _bytes(leaf.state_bytes)]))
+        usual = self._usual()
+        numbers = [self._numbers(leaf, usual) for leaf in self.leaves]
+        lines = [f"hyperparameters, unless said above: {_joined(usual)}"] if usual else []
+        table = Table(
+            caption="\n".join([*map(_escaped, lines), self._totals()]), caption_justify="left", caption_style=""
+        )
+        columns = {
+            "path": [leaf.path or "(the only leaf)" for leaf in self.leaves],
+            "shape": ["×".join(map(str, leaf.shape)) or "scalar" for leaf in self.leaves],
+            "dtype": [str(leaf.dtype) for leaf in self.leaves],
+            "group": [leaf.group for leaf in self.leaves],
+            "hyperparameters": numbers,
+            "state": [_bytes(leaf.state_bytes) for leaf in self.leaves],
+        }
+        shown = {title: cells for title, cells in columns.items() if any(cells)}
+        for title in shown:
+            table.add_column(title, justify="right" if title == "state" else "left", overflow="fold")
+        for row in zip(*shown.values(), strict=True):
+            table.add_row(*map(_escaped, row))
         return table
 
-    def _split(self) -> tuple[list[str], list[str]]:
-        """The hyperparameters that all trained leaves share, as a line if there are any; the names of the others."""
-        trained = [leaf.hyperparameters for leaf in self.leaves if not leaf.frozen]
-        names = list(dict.fromkeys(name for some in trained for name in some))
-        shared = [n for n in names if all(n in some and some[n] == trained[0][n] for some in trained)]
-        line = ", ".join(f"{n}={trained[0][n]!r}" for n in shared if _tells(n, trained[0][n]))
-        return [f"all leaves: {_escaped(line)}"] if line else [], [name for name in names if name not in shared]
+    def _usual(self) -> dict[str, Hyperparameter]:
+        """The hyperparameters of the default, or else those that most trained leaves have."""
+        trained = [leaf for leaf in self.leaves if not leaf.frozen]
+        some = [leaf for leaf in trained if leaf.group == "default"] or trained
+        counted = collections.Counter(tuple(leaf.hyperparameters.items()) for leaf in some)
+        return dict(max(counted, key=counted.__getitem__, default=()))
+
+    def _numbers(self, leaf: LeafDescription, usual: dict[str, Hyperparameter]) -> str:
+        own = leaf.hyperparameters
+        if leaf.frozen:
+            return "frozen"
+        alike = own.keys() == usual.keys()
+        return _joined({name: value for name, value in own.items() if not alike or usual[name] != value})
 
     def _totals(self) -> str:
         trained = sum(leaf.size for leaf in self.leaves if not leaf.frozen)
@@ -177,13 +190,10 @@ def _nbytes(leaf: Any) -> int:
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _shown(value: Hyperparameter | None) -> str:
-    return "" if value is None else repr(value)
-
-
-def _tells(name: str, value: Hyperparameter) -> bool:
-    """Whether a hyperparameter does something: those that are zero by default and off are left out."""
-    return name in ("learning_rate", "weight_decay") or value.value != 0.0
+def _joined(hyperparameters: Mapping[str, Hyperparameter]) -> str:
+    """As one writes arguments; what is off by default and off is left out."""
+    shown = ("learning_rate", "weight_decay")
+    return ", ".join(f"{name}={h!r}" for name, h in hyperparameters.items() if name in shown or h.value != 0.0)
 
 
 def _bytes(number: int) -> str:

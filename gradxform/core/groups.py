@@ -8,8 +8,8 @@ from typing import Any
 
 import optax
 
+from gradxform.core.arguments import flag
 from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import flag
 from gradxform.core.lift import stages_of
 from gradxform.core.masks import MaskLike, mask_of, table_of
 from gradxform.core.program import Program

@@ -7,8 +7,9 @@ from typing import Any
 
 import optax
 
+from gradxform.core.arguments import axes, state_float_dtype
 from gradxform.core.body import Transformation, body_of
-from gradxform.core.hyperparameters import Hyperparameter, Option, axes, state_float_dtype
+from gradxform.core.hyperparameters import Hyperparameter, Option
 from gradxform.core.masks import MaskLike, mask_of
 from gradxform.core.program import Program
 from gradxform.core.rules import Array, Branch, Measure, Rule, Slots, Step
@@ -60,6 +61,7 @@ def lift(
     reports: Sequence[str] = (),
     axis_name: str | Sequence[str] | None = None,
     mask: MaskLike | None = None,
+    whole: bool = False,
     needs_params: bool = False,
     state_dtype: Any = None,
     **arguments: Any,
@@ -77,14 +79,16 @@ def lift(
         state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
         update; ``step.<name>`` is the current value of an argument.
       prepare: ``prepare(step)`` gives scalars that are computed once per step, as further ``step.<name>``.
-      measure: ``measure(update)`` gives scalars of one array, for a rule that must see every leaf.
-      gather: ``gather(measured, step)`` turns them, stacked over the leaves, into further ``step.<name>``.
+      measure: ``measure(update)`` gives scalars of one array, before `update` runs on any, as ``step.<name>``.
+      gather: ``gather(measured, step)`` turns them, stacked over all leaves, into scalars for every leaf.
       memory: Scalars that the rule remembers of all leaves, by name, with their first values: `gather` reads
         ``step.<name>`` and returns the next value under the same name. They are fields of the state.
       reports: Which of the scalars that `gather` returns `observe` shows.
       axis_name: Axes of a mesh; see `clip_by_global_norm`. `measure` must then say how shards make a whole.
       mask: Which leaves the rule acts on: a tree of booleans (or a prefix of one), a callable
         ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
+      whole: Whether `update` needs whole arrays, for a norm or a product of matrices: inside `jax.shard_map` a
+        shard then raises.
       needs_params: Whether `update` reads ``param``.
       constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
         at their defaults are left out. Default: the function in which `update` is defined.
@@ -109,10 +113,10 @@ def lift(
       >>> print(tx.update(jnp.array([3.0, -1.0, 0.2]), tx.init(jnp.zeros(3)))[0])
       [ 1. -1.  0.]
     """
-    if (measure is None) != (gather is None):
-        raise TypeError("measure and gather go together: give both or neither")
-    if measure is None and (memory or reports or axis_name is not None):
-        raise TypeError("memory, reports and axis_name belong to a rule with measure and gather")
+    if measure is None and (gather is not None or axis_name is not None):
+        raise TypeError("gather and axis_name go with measure: give it, or neither")
+    if gather is None and (memory or reports):
+        raise TypeError("memory and reports go with gather: give it, or neither")
     name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
     rule = Rule(
         name=name,
@@ -126,6 +130,7 @@ def lift(
         reports=tuple(reports),
         axis_name=axes("axis_name", axis_name),
         mask=mask_of(mask),
+        whole=whole,
         needs_params=needs_params,
         state_dtype=state_float_dtype("state_dtype", state_dtype),
         arguments=tuple((key, _argument(name, key, value)) for key, value in arguments.items()),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gradxform import numerics
 from gradxform.core.body import Call
-from gradxform.core.passes import Leaves
+from gradxform.core.leaves import Leaves
 from gradxform.core.rules import Array, Measure
 
 
@@ -30,7 +30,8 @@ def leaf_norms(
     leaves: Leaves, acts: Sequence[bool], call: Call, who: str, axis_name: tuple[str, ...] | None
 ) -> jax.Array:
     """The norm of each leaf that is acted on, in float32 at least; see `Leaves.measured`."""
-    return leaves.measured(LEAF_NORMS, acts, call, who, axis_name).get("norm", jnp.zeros(0, jnp.float32))
+    _, norms = leaves.measured(LEAF_NORMS, acts, call, who, axis_name)
+    return norms.get("norm", jnp.zeros(0, jnp.float32))
 
 
 def total(norms: Any) -> jax.Array:

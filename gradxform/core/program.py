@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradxform.core import passes, trees
+from gradxform.core.arguments import visible_dtype
 from gradxform.core.body import Assigned, Body, Call, Report
-from gradxform.core.hyperparameters import Hyperparameter, Live, evaluate, visible_dtype
+from gradxform.core.compiled import increment, slot_names
+from gradxform.core.hyperparameters import Hyperparameter, Live, evaluate
+from gradxform.core.leaves import Leaves, masked
 from gradxform.core.passes import ForeignSegment, Segment, Selection
 from gradxform.core.rules import Rule
 from gradxform.core.stages import Foreign, Groups, Stage, expanded
@@ -69,7 +72,7 @@ class Program(Body):
                 runs[-1].append(stage.bind(name_of.__getitem__))
             else:
                 runs.append([stage.bind(name_of.__getitem__)])
-        owned = [["inner"] if isinstance(run, Foreign) else passes.slot_names(tuple(run)) for run in runs]
+        owned = [["inner"] if isinstance(run, Foreign) else slot_names(tuple(run)) for run in runs]
         memories = [[] if isinstance(run, Foreign) else [name for name, _ in run[0].memory] for run in runs]
         names = iter(unique_names([name for some in (*owned, *memories) for name in some]))
         fields = [tuple(next(names) for _ in some) for some in owned]
@@ -113,7 +116,7 @@ class Program(Body):
         for segment in self.segments:
             if isinstance(segment, ForeignSegment):
                 acts = selection.acting(segment.mask)
-                fields[segment.field] = segment.body.init(passes.masked(acts, params, leaves, structure))
+                fields[segment.field] = segment.body.init(masked(acts, params, leaves, structure))
             else:
                 fields |= passes.initial_fields(segment, selection, leaves, structure)
         count = jnp.zeros((), jnp.int32)
@@ -122,7 +125,7 @@ class Program(Body):
     # update
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
-        leaves = passes.Leaves.of(updates, params)
+        leaves = Leaves.of(updates, params)
         self._check_state(state)
         selection = self.select(params, leaves.params, leaves.structure)
         values = self._values(state.count, state.hyperparams)
@@ -137,7 +140,7 @@ class Program(Body):
                 fields |= new
             reports += report.items()
         visible = self._visible(values)
-        new_state = self.state_type(count=passes.increment(state.count), hyperparams=visible, **fields)
+        new_state = self.state_type(count=increment(state.count), hyperparams=visible, **fields)
         return leaves.rounded(), new_state, dict(zip(self.reports, [value for _, value in reports], strict=True))
 
     def _values(self, count: Any, stored: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -178,7 +181,7 @@ class Program(Body):
         frozen = selection.frozen
         for stage in within:
             acts = selection.acting(stage.mask)
-            inner = iter(stage.body.frozen(passes.masked(acts, params, leaves, structure)))
+            inner = iter(stage.body.frozen(masked(acts, params, leaves, structure)))
             frozen = [next(inner) if act else one for one, act in zip(frozen, acts, strict=True)]
         return frozen
 
@@ -192,7 +195,7 @@ class Program(Body):
         for stage in self.flat:
             if isinstance(stage, Foreign):
                 acts = selection.acting(stage.mask)
-                inner = iter(stage.body.assign(passes.masked(acts, params, leaves, structure)))
+                inner = iter(stage.body.assign(masked(acts, params, leaves, structure)))
                 assigned = [one.joined(next(inner)) if act else one for one, act in zip(assigned, acts, strict=True)]
                 continue
             for rule in stage.walk():

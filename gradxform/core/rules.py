@@ -93,6 +93,7 @@ class Rule:
     reports: tuple[str, ...] = ()
     axis_name: tuple[str, ...] | None = None
     mask: Mask | None = None
+    whole: bool = False
     freezes: bool = False
     needs_params: bool = False
     state_dtype: np.dtype[Any] | None = None
@@ -135,7 +136,7 @@ class Rule:
 
         def changed(value: Any) -> Any:
             if isinstance(value, Hyperparameter) and value.name in changes:
-                return value.replaced(changes[value.name], group)
+                return value.replaced(changes[str(value.name)], group)
             return value
 
         return self._mapped(lambda rule: rule.override(changes, group), changed)
@@ -184,6 +185,11 @@ class Scalars:
     """For the stochastic rounding of low-precision states."""
     dynamic: dict[str, Array]
     prepared: tuple[dict[str, Any], ...] = ()
+
+    def with_own(self, numbers: Mapping[str, Any]) -> Scalars:
+        """With more for the first rule: what it gathered of all leaves, or measured of one."""
+        first, *others = self.prepared
+        return dataclasses.replace(self, prepared=({**first, **numbers}, *others))
 
 
 jax.tree_util.register_dataclass(Scalars)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from gradxform.core.hyperparameters import Range, check_range, check_real
+from gradxform.core.arguments import Range, check_range, check_real
 
 
 @functools.cache

@@ -85,6 +85,15 @@ def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structu
     return tuple(axis for axis in axis_name if axis in varying or not _varying(jax.lax.axis_index(axis)))
 
 
+def check_whole(leaf: Any, who: str, structure: Any, index: int) -> None:
+    """Raise if a leaf inside `shard_map` is one shard of several."""
+    if varying := _varying(leaf):
+        raise ValueError(
+            f"{name_leaf('updates', structure, index)} varies over the mesh axis {', '.join(sorted(varying))}, and "
+            f"{who} needs whole arrays; let jit shard it, or average the gradients first"
+        )
+
+
 def _varying(x: Any) -> frozenset[str]:
     """The mesh axes over which JAX knows an array to differ."""
     kind = jax.typeof(x) if isinstance(x, jax.Array) else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradxform.core.arguments import flag
 from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, flag, non_negative
+from gradxform.core.hyperparameters import Numeric, non_negative
 from gradxform.core.lift import chain
 from gradxform.transforms.normalization import normalize_by_rss
 from gradxform.transforms.scaling import scale_by_learning_rate

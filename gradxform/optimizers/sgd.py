@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradxform.core.arguments import flag, float_dtype
 from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, flag, float_dtype, fraction
+from gradxform.core.hyperparameters import Numeric, fraction
 from gradxform.core.lift import chain
 from gradxform.transforms.momentum import scale_by_momentum
 from gradxform.transforms.scaling import scale_by_learning_rate

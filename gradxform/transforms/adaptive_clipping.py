@@ -7,8 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gradxform.core.arguments import count_of
 from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, Option, count_of, fraction, non_negative, positive
+from gradxform.core.hyperparameters import Numeric, Option, fraction, non_negative, positive
 from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
 from gradxform.core.norms import LEAF_NORMS
@@ -32,7 +33,8 @@ def clip_by_param_norm(
       mask: Which leaves are clipped; see `add_decoupled_weight_decay`. The paper leaves the last layer out.
 
     Raises:
-      TypeError, ValueError: if a number is out of its range, or ``update`` is called without params.
+      TypeError, ValueError: if a number is out of its range, ``update`` is called without params, or inside
+        `jax.shard_map` a leaf is a shard.
 
     References:
       Brock et al. 2021, arXiv 2102.06171, equation 3.
@@ -51,6 +53,7 @@ def clip_by_param_norm(
         _clip_units,
         constructor=clip_by_param_norm,
         mask=mask,
+        whole=True,
         needs_params=True,
         max_ratio=positive(max_ratio),
         eps=non_negative(eps),
@@ -227,10 +230,9 @@ def _gather_average(measured: Any, step: Step) -> dict[str, Array]:
 def _clip_to_average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     average = state["norm"]
     warming = (step.number < step.warmup) | (step.number == 1)
-    size = norm(update)
-    own = factor_to(size, step.max_ratio * jnp.maximum(average, step.eps))
+    own = factor_to(step.norm, step.max_ratio * jnp.maximum(average, step.eps))
     shrink = jnp.where(warming, step.factor, own)
-    clipped = shrink * size
+    clipped = shrink * step.norm
     least = jnp.where((average == 0) | (clipped == 0), jnp.maximum(average, clipped), jnp.minimum(average, clipped))
     new = jnp.where(warming, least, lerp(average, clipped, 1 - step.decay))
     return shrink * update, {"norm": jnp.where(jnp.isfinite(clipped), new, average)}

@@ -42,7 +42,7 @@ def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
       max_norm: c > 0.
 
     Raises:
-      TypeError, ValueError: if ``max_norm`` is no positive number.
+      TypeError, ValueError: if ``max_norm`` is no positive number, or inside `jax.shard_map` a leaf is a shard.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,7 +51,7 @@ def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
       >>> print(tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0])
       [0.6 0.8]
     """
-    return lift(no_slots, _clip_leaf, constructor=clip_by_leaf_norm, max_norm=positive(max_norm))
+    return lift(no_slots, _clip_leaf, constructor=clip_by_leaf_norm, whole=True, max_norm=positive(max_norm))
 
 
 def clip_by_global_norm(

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gradxform.core.arguments import Range, flag
 from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, Range, flag, fraction, ranged
+from gradxform.core.hyperparameters import Numeric, fraction, ranged
 from gradxform.core.lift import lift
 from gradxform.core.rules import Array, Slots, Step, no_slots
 from gradxform.numerics import lerp, one_minus_power
@@ -31,7 +32,7 @@ def scale_by_momentum(
       debias: Divide m by 1 − βᵗ, the sum of its weights. With ``nesterov`` the two parts of the lookahead are
         corrected apart, m by 1 − βᵗ⁺¹ and u by 1 − βᵗ, as NAdam does. Moving average only.
       state_dtype: Dtype of the state ``mu``, shaped like the parameters; default float32 (float64 for
-        float64 leaves).
+        float64 leaves). float16 and bfloat16 are rounded stochastically.
 
     Raises:
       TypeError, ValueError: if a number is out of its range, or ``debias`` meets ``dampening``.

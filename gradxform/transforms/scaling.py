@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from gradxform.core.arguments import FINITE
 from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import FINITE, Numeric, Schedule, non_negative, ranged
+from gradxform.core.hyperparameters import Numeric, Schedule, non_negative, ranged
 from gradxform.core.lift import lift
 from gradxform.core.rules import Array, Slots, Step, no_slots
 

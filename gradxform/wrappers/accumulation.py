@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradxform.core.arguments import count_of, visible_dtype
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.hyperparameters import count_of, live, visible_dtype
+from gradxform.core.hyperparameters import live
+from gradxform.core.leaves import Leaves, masked, trained, trained_leaves
 from gradxform.core.lift import lift
 from gradxform.core.norms import leaf_norms, total
-from gradxform.core.passes import Leaves, masked, trained, trained_leaves
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.core.trees import concrete
@@ -113,7 +114,7 @@ class Accumulate(Wrapper):
                 leaves.structure.unflatten(gradient), state.inner, params, Call(call.extra_args)
             )
             zeros = optax.tree.zeros_like
-            reset = AccumulateState(*map(zeros, (seen.pending, seen.kept)), seen.dropped, zeros(seen.mean), inner)
+            reset = AccumulateState(zeros(seen.pending), zeros(seen.kept), seen.dropped, zeros(seen.mean), inner)
             given = [cast(one, dtype) for one, dtype in zip(jax.tree.leaves(stepped), dtypes, strict=True)]
             return leaves.structure.unflatten(given), reset, report
 

@@ -19,7 +19,7 @@ import optax
 
 from gradxform.core import trees
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.passes import HOLE, Leaves, column, trained_leaves, widened
+from gradxform.core.leaves import HOLE, Leaves, column, trained_leaves, widened
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.numerics import Array, cast, half_step, next_seed, random_bits, round_to, seed_for, unit
 
@@ -143,8 +143,14 @@ def master_weights(tx: optax.GradientTransformation) -> Transformation:
 class _LowPrecision(Wrapper):
     """Train float32 values; give the parameters low-precision numbers."""
 
-    lands = True
-    first_seed = 0
+    @property
+    def lands(self) -> bool:
+        return True
+
+    @property
+    def first_seed(self) -> int:
+        """Of the first step's random bits."""
+        return 0
 
     # The mathematics, on one array
 
@@ -257,11 +263,14 @@ class StochasticRounding(_LowPrecision):
     """The body of `stochastic_rounding`."""
 
     key: int
-    residual_dtype = None
 
     @property
-    def first_seed(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    def first_seed(self) -> int:
         return self.key
+
+    @property
+    def residual_dtype(self) -> Any:
+        return None
 
     def whole(self, param: Array, residual: Any, dtype: Any) -> Array:
         return param
@@ -274,7 +283,9 @@ class StochasticRounding(_LowPrecision):
 class MasterWeights(_LowPrecision):
     """The body of `master_weights`."""
 
-    residual_dtype = jnp.float32
+    @property
+    def residual_dtype(self) -> Any:
+        return jnp.float32
 
     def first_residual(self, value: Array) -> Array:
         return jnp.zeros_like(value) if isinstance(value, jax.ShapeDtypeStruct) else jnp.array(value)
@@ -290,7 +301,7 @@ class MasterWeights(_LowPrecision):
 class Compensated(_LowPrecision):
     """The body of `compensated`."""
 
-    residual: str
+    residual: str = "bfloat16"
 
     @property
     def residual_dtype(self) -> Any:

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from gradxform.core import trees
+from gradxform.core.arguments import axes, visible_dtype
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.hyperparameters import axes, visible_dtype
+from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.masks import Table, table_of
 from gradxform.core.norms import leaf_norms, total
-from gradxform.core.passes import Leaves, trained_leaves
 from gradxform.core.state import check_state_type, get_hyperparams
 
 
@@ -47,8 +47,7 @@ def observe(
 
     - ``grad_norm``, ``update_norm``, ``param_norm`` and ``update_ratio``, the update's norm over the parameters';
     - ``nonfinite``, how many leaves of the gradient hold a NaN or an infinity;
-    - ``clipped``, 1 where a clipping in ``tx`` that sees all leaves shortened the gradient, else 0; for one that
-      treats each leaf by itself the fraction of leaves.
+    - ``clipped``, 1 where `clip_by_global_norm` or `clip_by_zscore` in ``tx`` shortened the gradient, else 0.
 
     A norm that clipping or a guard within ``tx`` takes as well is taken once.
 
@@ -80,20 +79,30 @@ def observe(
       update_ratio 0.02
       learning_rate 0.10
     """
-    if by is not None and by not in ("leaf", "group") and not isinstance(by, Mapping):
-        raise TypeError(f"by must be 'leaf', 'group', a dict from names to patterns, or None, got {by!r}")
-    parts = by
+    parts: Any = by
     if isinstance(by, Mapping):
-        parts = tuple((str(name), table_of([pattern], has_default=True)) for name, pattern in by.items())
+        parts = Parts(tuple((str(name), table_of([pattern], has_default=True)) for name, pattern in by.items()))
+    elif by not in (None, "leaf", "group"):
+        raise TypeError(f"by must be 'leaf', 'group', a dict from names to patterns, or None, got {by!r}")
     return Transformation.of(Observe(body_of("tx of observe", tx), parts, axes("axis_name", axis_name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Leaves told apart by patterns."""
+
+    tables: tuple[tuple[str, Table], ...]
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{name!r}: {table.patterns[0]!r}' for name, table in self.tables)}}}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Observe(Wrapper):
     """The body of `observe`."""
 
-    by: str | tuple[tuple[str, Table], ...] | None
-    axis_name: tuple[str, ...] | None
+    by: str | Parts | None = None
+    axis_name: tuple[str, ...] | None = None
 
     def init(self, params: Any) -> ObserveState:
         _, structure = trees.flatten("params", params)
@@ -123,16 +132,15 @@ class Observe(Wrapper):
 
     def _parts(self, params: Any, structure: Any, acts: list[bool]) -> dict[str, list[bool]]:
         """Of the leaves that count, those of every part that is told apart, by name; all under the empty name."""
-        if self.by is None:
-            parts: dict[str, list[bool]] = {}
+        parts: dict[str, list[bool]] = {}
+        if isinstance(self.by, Parts):
+            parts = {name: [group == 0 for group in table(structure)] for name, table in self.by.tables}
         elif self.by == "leaf":
             paths = trees.paths(structure)
             parts = {path: [path == other for other in paths] for path in paths}
         elif self.by == "group":
             groups = [one.group for one in self.tx.assign(params)]
             parts = {group: [group == other for other in groups] for group in groups if group}
-        else:
-            parts = {name: [group == 0 for group in table(structure)] for name, table in self.by}
         parts = {"": [True] * len(acts), **parts}
         counted = {name: [one for one, act in zip(some, acts, strict=True) if act] for name, some in parts.items()}
         return {name: some for name, some in counted.items() if not name or any(some)}

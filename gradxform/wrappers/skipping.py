@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradxform.core.arguments import axes, check_real, count_of, number_in, positive_range
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.hyperparameters import axes, check_real, count_of, number_in, positive_range
+from gradxform.core.compiled import increment
+from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.norms import leaf_norms, total
-from gradxform.core.passes import Leaves, increment, trained_leaves
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.numerics import no_update
 
@@ -146,8 +147,8 @@ def skip_spikes(
 class _Skip(Wrapper):
     """Take a step or leave everything as it was."""
 
-    max_consecutive: int
-    axis_name: tuple[str, ...] | None
+    max_consecutive: int = 10
+    axis_name: tuple[str, ...] | None = None
 
     @abc.abstractmethod
     def judged(self, state: SkipState, norm: jax.Array, call: Call) -> tuple[jax.Array, SkipState]:
@@ -194,9 +195,9 @@ class SkipNonfinite(_Skip):
 class SkipSpikes(_Skip):
     """The body of `skip_spikes`."""
 
-    threshold: float
-    window: int
-    watch: str
+    threshold: float = 6.0
+    window: int = 128
+    watch: str = "norm"
 
     def empty(self) -> dict[str, Any]:
         norms, losses = (

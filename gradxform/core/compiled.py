@@ -1,0 +1,155 @@
+"""What runs compiled: made once per rules, by value, and traced once per shape and dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradxform import numerics
+from gradxform.core import rules as one_array
+from gradxform.core import trees
+from gradxform.core.body import Report
+from gradxform.core.rules import Measure, Rule, Scalars
+
+
+@functools.lru_cache(maxsize=4096)
+def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
+    """``leaf_update(final, dtype, scalars, own, update, slots, param, place)``: rules on one leaf.
+
+    `own` are the numbers of the leaf that the first rule measured.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def leaf_update(final, dtype, scalars, own, update, slots, param, place):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
+            structure = _slot_structure(rules)
+            state = structure.unflatten([_widened(slot, dtype) for slot in slots])
+            param = None if param is None else numerics.cast(param, dtype)
+            new_update, new_state = one_array.run(rules, scalars, numerics.cast(update, dtype), state, param)
+            new_slots = structure.flatten_up_to(new_state)
+            return numerics.cast(new_update, final), tuple(
+                _stored(new, trees.dtype_of(old), scalars.seed, place, index)
+                for index, (new, old) in enumerate(zip(new_slots, slots, strict=True))
+            )
+
+    return leaf_update
+
+
+def _stored(new: jax.Array, dtype: np.dtype[Any], seed: Any, place: Any, index: int) -> jax.Array:
+    """A moment as the state keeps it: below float32 rounded stochastically, for to nearest small changes are lost."""
+    if place is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        bits = numerics.random_bits(numerics.seed_for(numerics.seed_for(seed, place), index), new.shape)
+        new = numerics.round_to(new, dtype, bits)
+    return numerics.cast(new, dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
+    """``step_scalars(dtype, count, dynamic)``: what is the same for all leaves whose arithmetic has this real dtype."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step_scalars(dtype, count, dynamic):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            number = increment(count).astype(dtype)
+            seed = numerics.mix(jnp.asarray(count).astype(np.uint32))
+            scalars = Scalars(number, seed, {name: value.astype(dtype) for name, value in dynamic.items()})
+            return dataclasses.replace(scalars, prepared=one_array.prepare(rules, scalars))
+
+    return step_scalars
+
+
+@functools.lru_cache(maxsize=256)
+def measured(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]:
+    """``leaf_measure(dtype, update)``: the numbers of one leaf."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def leaf_measure(dtype, update):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            return measure.of(numerics.cast(update, dtype))
+
+    return leaf_measure
+
+
+@functools.lru_cache(maxsize=4096)
+def gathered(rule: Rule) -> Callable[..., tuple[Scalars, dict[str, jax.Array], Report]]:
+    """``all_leaves(dtype, scalars, numbers, memory)``: scalars with what a rule makes of the numbers of all leaves."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def all_leaves(dtype, scalars, numbers, memory):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            remembered = {name: value.astype(dtype) for name, value in memory.items()}
+            step = one_array.step_of(rule, scalars, scalars.prepared[0], remembered)
+            gathered = dict(rule.gather(numbers, step)) if rule.gather else {}
+            report = {name: jnp.asarray(gathered[name], np.float32) for name in rule.reports}
+            new = {name: jnp.asarray(gathered.pop(name), old.dtype) for name, old in memory.items()}
+            return scalars.with_own({key: jnp.asarray(value, dtype) for key, value in gathered.items()}), new, report
+
+    return all_leaves
+
+
+@jax.jit
+def increment(count: jax.Array) -> jax.Array:
+    """One more, but never more than an int32 holds."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+@jax.jit
+def stacked(numbers: list[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The numbers of all leaves, each stacked into an array."""
+    with jax.numpy_dtype_promotion("standard"):
+        return {key: jnp.stack([one[key] for one in numbers]) for key in numbers[0]}
+
+
+cast = jax.jit(numerics.cast, static_argnums=1)
+
+
+# What is known of a rule's state before any array is there.
+
+
+@functools.lru_cache(maxsize=4096)
+def _slot_structure(rules: tuple[Rule, ...]) -> Any:
+    example = jax.ShapeDtypeStruct((), np.float32)
+    return jax.tree.structure(jax.eval_shape(lambda: one_array.init(rules, jnp.zeros_like(example))))
+
+
+@functools.lru_cache(maxsize=65536)
+def slot_avals(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[trees.Aval]:
+    """Shape and dtype of the arrays that `rules` keep for a leaf."""
+    param = jax.ShapeDtypeStruct(shape, trees.compute_dtype(dtype))
+    slots = jax.eval_shape(functools.partial(one_array.init, rules), param)
+    return [trees.aval(slot) for slot in jax.tree.leaves(slots)]
+
+
+def slot_names(rules: tuple[Rule, ...]) -> list[str]:
+    """What the rules call their arrays, in the order of the leaves of their state."""
+    return [path[-1].key for path in _slot_paths(rules)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _slot_paths(rules: tuple[Rule, ...]) -> list[Any]:
+    structure = _slot_structure(rules)
+    paths, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
+    return [path for path, _ in paths]
+
+
+@functools.lru_cache(maxsize=4096)
+def owned_slots(rules: tuple[Rule, ...], variant: tuple[Rule, ...]) -> dict[int, int]:
+    """Where the arrays of `variant`, what one leaf gets of `rules`, stand among theirs: place there to place here."""
+    own = _slot_paths(variant)
+    return {place: own.index(path) for place, path in enumerate(_slot_paths(rules)) if path in own}
+
+
+def _widened(slot: Any, dtype: np.dtype[Any]) -> jax.Array:
+    """A moment at the leaf's arithmetic precision; real moments of complex leaves stay real, counters whole."""
+    own = trees.dtype_of(slot)
+    if not trees.trainable(own):
+        return slot
+    return numerics.cast(slot, dtype if trees.is_complex(own) else numerics.real_dtype(dtype))
