@@ -11,7 +11,7 @@ import jax
 import optax
 
 from gradxform.core.hyperparameters import Hyperparameter
-from gradxform.core.trees import dtype_of
+from gradxform.core.trees import dtype_of, spread
 from gradxform.numerics import cast
 
 Report: TypeAlias = dict[str, jax.Array]
@@ -48,6 +48,8 @@ class Body(abc.ABC):
     """Whether its updates are exact: they take low-precision parameters to chosen values, so nothing may follow."""
     reports: tuple[str, ...] = ()
     """The names in its report."""
+    needs_params: bool = False
+    """Whether ``update`` raises without params."""
 
     @abc.abstractmethod
     def init(self, params: Any) -> Any: ...
@@ -108,6 +110,10 @@ class Wrapper(Body):
     def reports(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
         return self.tx.reports
 
+    @property
+    def needs_params(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+        return self.tx.needs_params
+
     def frozen(self, params: Any) -> list[bool]:
         return self.tx.frozen(params)
 
@@ -132,7 +138,7 @@ class Init:
     body: Body
 
     def __call__(self, params: Any) -> Any:
-        return self.body.init(params)
+        return spread(self.body.init(params), params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,12 +143,13 @@ def describe(tx: optax.GradientTransformation, params: Any, *, show: bool = True
       >>> found.state_bytes_per_parameter, found.leaves[0].hyperparameters["b2"]
       (9.0, 0.999)
     """
+    body = body_of("tx of describe", tx)
     leaves, structure = trees.flatten("params", params)
     shapes = structure.unflatten([jax.ShapeDtypeStruct(*trees.aval(leaf)) for leaf in leaves])
     state = jax.eval_shape(tx.init, shapes)
     per_leaf = _bytes_by_leaf(tx, state, shapes)
     everything = sum(_nbytes(leaf) for leaf in jax.tree.leaves(state))
-    assigned = body_of("tx of describe", tx).assign(shapes)
+    assigned = body.assign(shapes)
     description = Description(
         tuple(
             _leaf(path, leaf, one, size)

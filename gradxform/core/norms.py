@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gradxform import numerics
+from gradxform.core import trees
 from gradxform.core.body import Call
 from gradxform.core.leaves import Leaves
 from gradxform.core.rules import Array, Measure
@@ -32,6 +33,14 @@ def leaf_norms(
     """The norm of each leaf that is acted on, in float32 at least; see `Leaves.measured`."""
     _, norms = leaves.measured(LEAF_NORMS, acts, call, who, axis_name)
     return norms.get("norm", jnp.zeros(0, jnp.float32))
+
+
+def all_finite(leaves: Leaves, acts: Sequence[bool], call: Call, who: str, axis_name: tuple[str, ...]) -> jax.Array:
+    """Whether the leaves that are acted on are finite, on all shards alike: over `axis_name` and what JAX tracks."""
+    finite = jnp.isfinite(total(leaf_norms(leaves, acts, call, who, ())))
+    varying = trees.varying_over(finite)
+    axes = trees.tracked(tuple(sorted(varying.union(axis_name))), varying)
+    return jax.lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite
 
 
 def total(norms: Any) -> jax.Array:

@@ -54,6 +54,13 @@ class Program(Body):
         return tuple(unique_names([name for stage in self.flat for name in _reports(stage)]))
 
     @functools.cached_property
+    def needs_params(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+        rules = [rule for stage in self.flat if isinstance(stage, Rule) for rule in stage.walk()]
+        bodies = [stage.body for stage in self.flat if isinstance(stage, Foreign)]
+        masked = any(stage.mask for stage in (*rules, *self.flat))
+        return masked or any(one.needs_params for one in (*rules, *bodies))
+
+    @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
         """Those that change or show in the state, by their names there; equal ones share a name."""
         every = [h for stage in self.flat if isinstance(stage, Rule) for h in stage.hyperparameters]

@@ -65,8 +65,9 @@ class Groups:
             return [self._within(stage, index) for stage, index in stages]
         shared = self._shared(stages)
         if len(shared) > 1:
+            one, other, *_ = dict.fromkeys(stage for stage, _ in stages)
             raise ValueError(
-                f"by_path: {shared[0]!r} and {shared[1]!r} in different groups need one norm over all leaves; "
+                f"by_path: {one!r} and {other!r} in different groups need one norm over all leaves; "
                 "give both the same numbers, or a norm per group with joint_norm=False"
             )
         return shared

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from gradxform.core.arguments import Range, check_range, check_real
+from gradxform.core.trees import concrete
 
 
 @functools.cache
@@ -110,7 +112,11 @@ def _checked(name: str, value: Any, holder: Any, local: str) -> Any:
         check_range(name, value, holder.settable[local])
     if jnp.shape(value) != jnp.shape(old):
         raise ValueError(f"{name} must have shape {jnp.shape(old)}, got {jnp.shape(value)}")
-    return jax.tree.structure(old).unflatten([jnp.asarray(value, dtype=jnp.asarray(old).dtype)])
+    new = jnp.asarray(value, dtype=jnp.asarray(old).dtype)
+    sharding = getattr(old, "sharding", None)
+    if isinstance(sharding, NamedSharding) and concrete(old) and concrete(new):
+        new = jax.device_put(new, sharding)
+    return jax.tree.structure(old).unflatten([new])
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 _BOX = jax.tree_util.GetAttrKey("value")
 
@@ -20,6 +21,26 @@ Aval = tuple[tuple[int, ...], np.dtype[Any] | None]
 def concrete(value: Any) -> bool:
     """Whether the numbers of `value` can be looked at now."""
     return not isinstance(value, Tracer)
+
+
+def spread(state: Any, params: Any) -> Any:
+    """The state with what `init` made from nothing on all devices of the parameters' mesh, if they are on one.
+
+    A scalar on one device beside arrays on a mesh would be traced anew when it comes back from a step, and a checkpoint
+    would bring it back bound to that device.
+    """
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params) if concrete(leaf)]
+    meshes = [some.mesh for some in shardings if isinstance(some, NamedSharding) and isinstance(some.mesh, Mesh)]
+    if not meshes:
+        return state
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or not concrete(leaf) or leaf.committed:
+            return leaf
+        return jax.device_put(leaf, everywhere) if isinstance(leaf.sharding, SingleDeviceSharding) else leaf
+
+    return jax.tree.map(one, state)
 
 
 def aval(leaf: Any) -> Aval:
@@ -72,7 +93,7 @@ def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structu
     """
     if axis_name == ():
         return ()
-    varying = _varying(leaf)
+    varying = varying_over(leaf)
     strange = varying.difference(axis_name or ())
     if strange:
         raise ValueError(
@@ -82,19 +103,24 @@ def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structu
         )
     if axis_name is None:
         return ()
-    return tuple(axis for axis in axis_name if axis in varying or not _varying(jax.lax.axis_index(axis)))
+    return tracked(axis_name, varying)
+
+
+def tracked(axes: tuple[str, ...], varying: frozenset[str]) -> tuple[str, ...]:
+    """Those of `axes` over which an array varies: all where JAX does not track it."""
+    return tuple(axis for axis in axes if axis in varying or not varying_over(jax.lax.axis_index(axis)))
 
 
 def check_whole(leaf: Any, who: str, structure: Any, index: int) -> None:
     """Raise if a leaf inside `shard_map` is one shard of several."""
-    if varying := _varying(leaf):
+    if varying := varying_over(leaf):
         raise ValueError(
             f"{name_leaf('updates', structure, index)} varies over the mesh axis {', '.join(sorted(varying))}, and "
             f"{who} needs whole arrays; let jit shard it, or average the gradients first"
         )
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying_over(x: Any) -> frozenset[str]:
     """The mesh axes over which JAX knows an array to differ."""
     kind = jax.typeof(x) if isinstance(x, jax.Array) else None
     manual = getattr(kind, "manual_axis_type", None)  # JAX 0.10.2 and later; before, `vma`

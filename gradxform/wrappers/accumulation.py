@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gradxform.core.arguments import count_of, visible_dtype
+from gradxform.core.arguments import axes, count_of, visible_dtype
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.hyperparameters import live
 from gradxform.core.leaves import Leaves, masked, trained, trained_leaves
 from gradxform.core.lift import lift
-from gradxform.core.norms import leaf_norms, total
+from gradxform.core.norms import all_finite
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.core.trees import concrete
@@ -46,7 +47,9 @@ class AccumulateState(NamedTuple):
         return {"dropped": self.dropped}
 
 
-def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
+def accumulate(
+    tx: optax.GradientTransformation, every: int, *, axis_name: str | Sequence[str] | None = None
+) -> Transformation:
     """ḡ = mean of the finite ones of g₁, …, gₖ,  u ← tx(ḡ) at every k-th call, 0 at the others.
 
     With k mini-batches of equal size that make up the data set, ``accumulate(sgd(α), every=k)`` is gradient
@@ -57,6 +60,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
     Args:
       tx: Any transformation.
       every: k ≥ 1, calls per step.
+      axis_name: See `skip_nonfinite`.
 
     Returns:
       A transformation whose state has ``pending`` (gradients seen since the last step), ``kept`` (those in the
@@ -76,7 +80,8 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
       >>> print(first, second)
       [0.] [-2.]
     """
-    return Transformation.of(Accumulate(body_of("tx of accumulate", tx), count_of("every", every)))
+    body = body_of("tx of accumulate", tx)
+    return Transformation.of(Accumulate(body, count_of("every", every), axes("axis_name", axis_name)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -84,6 +89,7 @@ class Accumulate(Wrapper):
     """The body of `accumulate`."""
 
     every: int
+    axis_name: tuple[str, ...] | None = None
 
     def init(self, params: Any) -> AccumulateState:
         pending, kept, dropped = (jnp.zeros((), jnp.int32) for _ in range(3))
@@ -92,9 +98,11 @@ class Accumulate(Wrapper):
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type("accumulate", state, AccumulateState)
+        if params is None and self.needs_params:
+            raise ValueError("accumulate goes around what needs the parameters: call update(updates, state, params)")
         leaves = Leaves.of(updates, params)
         acts = trained_leaves(self.tx, params, updates)
-        kept = jnp.isfinite(total(leaf_norms(leaves, acts, call, "accumulate", ()))).astype(jnp.int32)
+        kept = all_finite(leaves, acts, call, self.name, self.axis_name or ()).astype(jnp.int32)
         rounded, after = _MEAN.update(
             masked(acts, updates, leaves.updates, leaves.structure),
             _MEAN_STATE(count=state.kept, hyperparams={"finite": kept.astype(visible_dtype())}, mean=state.mean),

@@ -17,7 +17,7 @@ from gradxform.core.arguments import axes, check_real, count_of, number_in, posi
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.compiled import increment
 from gradxform.core.leaves import Leaves, trained_leaves
-from gradxform.core.norms import leaf_norms, total
+from gradxform.core.norms import all_finite, leaf_norms, total
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.numerics import no_update
 
@@ -62,7 +62,8 @@ def skip_nonfinite(
     Args:
       tx: Any transformation.
       max_consecutive: How many bad steps in a row are skipped, at least 1.
-      axis_name: See `clip_by_global_norm`; every shard then skips together.
+      axis_name: Mesh axes over whose shards a step is skipped together, or taken. `jax.shard_map` knows them by
+        itself; under ``pmap`` and ``check_vma=False`` they must be named.
 
     Returns:
       A transformation whose state has ``skipped``, ``skipped_in_a_row`` and ``inner``.
@@ -105,7 +106,7 @@ def skip_spikes(
       window: k ≥ 2, how many steps are looked back upon.
       watch: ``"norm"``, ``"loss"`` or ``"both"``; the loss is what ``update(…, value=loss)`` passes.
       max_consecutive: See `skip_nonfinite`.
-      axis_name: See `skip_nonfinite`.
+      axis_name: See `clip_by_global_norm`, whose norm it is.
 
     Returns:
       A transformation whose state has ``skipped``, ``skipped_in_a_row``, the last ``norms`` and ``losses``, how
@@ -151,7 +152,7 @@ class _Skip(Wrapper):
     axis_name: tuple[str, ...] | None = None
 
     @abc.abstractmethod
-    def judged(self, state: SkipState, norm: jax.Array, call: Call) -> tuple[jax.Array, SkipState]:
+    def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
         """Whether the step is good, and the state with what was seen recorded."""
 
     def empty(self) -> dict[str, Any]:
@@ -165,8 +166,7 @@ class _Skip(Wrapper):
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, SkipState)
         leaves = Leaves.of(updates, params)
-        norms = leaf_norms(leaves, trained_leaves(self.tx, params, updates), call, self.name, self.axis_name)
-        good, recorded = self.judged(state, total(norms), call)
+        good, recorded = self.judged(state, leaves, trained_leaves(self.tx, params, updates), call)
         gives_up = ~good & (state.skipped_in_a_row >= self.max_consecutive)
         taken = good | gives_up
         new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
@@ -187,8 +187,8 @@ class _Skip(Wrapper):
 class SkipNonfinite(_Skip):
     """The body of `skip_nonfinite`."""
 
-    def judged(self, state: SkipState, norm: jax.Array, call: Call) -> tuple[jax.Array, SkipState]:
-        return jnp.isfinite(norm), state
+    def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
+        return all_finite(leaves, acts, call, self.name, self.axis_name or ()), state
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -205,8 +205,8 @@ class SkipSpikes(_Skip):
         )
         return {"norms": norms, "losses": losses, "seen": jnp.zeros((), jnp.int32)}
 
-    def judged(self, state: SkipState, norm: jax.Array, call: Call) -> tuple[jax.Array, SkipState]:
-        latest = {"norms": norm}
+    def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
+        latest = {"norms": total(leaf_norms(leaves, acts, call, self.name, self.axis_name))}
         if self.watch != "norm":
             latest["losses"] = self._loss(call)
         watched = {name: x.astype(jnp.float32) for name, x in latest.items() if getattr(state, name) is not None}

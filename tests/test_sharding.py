@@ -1,0 +1,328 @@
+"""On eight devices a step is the step of one device, and every array stays where its parameter is.
+
+pytest runs this file once as a script, in a process whose CPU poses as eight devices; one test per check reads how
+it went.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gradxform as gx
+
+ROOT = pathlib.Path(__file__).parent.parent
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+# A small network, its batch, and where they lie
+
+
+SPECS = {"rows": P("x", None), "columns": P(None, "x"), "bias": P()}
+EVERYWHERE = jax.tree.map(lambda _: P(), SPECS)
+OPTIMIZERS = {
+    name: value
+    for name, value in vars(gx).items()
+    if inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), None) == "learning_rate"
+}
+# this eps keeps Adam from making a whole step of the rounding errors of a gradient near zero
+CLIPPED_ADAMW = gx.chain(gx.clip_by_global_norm(0.1), gx.adamw(0.01, eps=1e-4))
+STEPS = 4
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def start():
+    return {"rows": draw(0, 16, 24) / 4, "columns": draw(1, 24, 8) / 5, "bias": jnp.zeros((1, 24))}
+
+
+BATCH = (draw(2, 32, 16), draw(3, 32, 8))
+
+
+def loss(params, batch):
+    hidden = jnp.tanh(batch[0] @ params["rows"] + params["bias"])
+    return jnp.mean(jnp.square(hidden @ params["columns"] - batch[1]))
+
+
+def step_of(tx):
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return gx.apply_updates(params, updates), state
+
+    return step
+
+
+def train(step, params, state, batch=BATCH, steps=STEPS):
+    for _ in range(steps):
+        params, state = step(params, state, batch)
+    return params, state
+
+
+@functools.cache
+def on_one_device(tx):
+    return train(jax.jit(step_of(tx)), start(), tx.init(start()))
+
+
+def mesh(axis_type=AxisType.Auto):
+    return jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+
+
+def place(tree, specs, axis_type=AxisType.Auto):
+    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh(axis_type), spec), specs))
+
+
+def moments(state):
+    """The fields of a state that are trees like the parameters."""
+    fields = [field for field in state if isinstance(field, dict) and field.keys() == SPECS.keys()]
+    return fields + [one for field in state if hasattr(field, "_fields") for one in moments(field)]
+
+
+def assert_identical(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_same_walk(actual, expected):
+    """Equal but for sums over the batch and over the leaves, which eight devices add up in another order."""
+
+    def same(one, other):
+        # a few float32 roundings of sums of some 300 numbers, then of squares, in units of the array's largest number
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
+
+    jax.tree.map(same, actual, expected)
+
+
+def assert_placed(tree, specs):
+    for name, leaf in tree.items():
+        expected = NamedSharding(mesh(), specs[name])
+        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (name, leaf.sharding)
+
+
+# Arrays that are sharded, and a compiler that divides the work
+
+
+@check
+def a_jitted_step_is_that_of_one_device():
+    params = place(start(), SPECS)
+    batch = place(BATCH, (P("x"), P("x")))
+    trained = train(jax.jit(step_of(CLIPPED_ADAMW)), params, CLIPPED_ADAMW.init(params), batch)
+    assert_same_walk(trained, on_one_device(CLIPPED_ADAMW))
+    assert_placed(trained[0], SPECS)
+
+
+@check
+def an_update_on_an_explicit_mesh_is_that_of_one_device():
+    tx, params = CLIPPED_ADAMW, start()
+    grads = jax.grad(loss)(params, BATCH)
+    expected = tx.update(grads, tx.init(params), params)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        params, grads = (place(tree, SPECS, AxisType.Explicit) for tree in (params, grads))
+        actual = jax.jit(tx.update)(grads, tx.init(params), params)
+    for tree in (actual[0], *moments(actual[1])):
+        assert_placed(tree, SPECS)
+    assert_same_walk(actual, expected)
+
+
+@check
+def init_puts_every_moment_where_its_parameter_is():
+    params = place(start(), SPECS)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
+    for name, optimizer in OPTIMIZERS.items():
+        tx = gx.accumulate(gx.chain(gx.clip_by_global_norm(1.0), optimizer(0.1)), every=2)
+        for given in (params, shapes):
+            found = moments(tx.init(given))
+            assert len(found) == 1 + len(optimizer(0.1).init(start())[2:]), name
+            for moment in found:
+                assert_placed(moment, SPECS)
+
+
+@check
+def a_donated_step_leaves_everything_where_it_is():
+    params, batch = place(start(), SPECS), place(BATCH, (P("x"), P("x")))
+    given = params, CLIPPED_ADAMW.init(params)
+    kept = jax.jit(step_of(CLIPPED_ADAMW))(*given, batch)
+    params, state = jax.jit(step_of(CLIPPED_ADAMW), donate_argnums=(0, 1))(*given, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given[0], moments(given[1]))))
+    for tree in (params, *moments(state)):
+        assert_placed(tree, SPECS)
+    assert_identical((params, state), kept)
+
+
+@check
+def moments_may_be_divided_where_parameters_are_not():
+    params, batch = place(start(), EVERYWHERE), place(BATCH, (P("x"), P("x")))
+    divided = {name: NamedSharding(mesh(), spec) for name, spec in SPECS.items()}
+    shapes = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=divided[name]) for name, leaf in params.items()
+    }
+    state = CLIPPED_ADAMW.init(shapes)
+    everywhere = NamedSharding(mesh(), P())
+    wanted = optax.tree_map_params(
+        CLIPPED_ADAMW, lambda _, sharding: sharding, state, divided, transform_non_params=lambda _: everywhere
+    )
+    step = jax.jit(step_of(CLIPPED_ADAMW), out_shardings=(everywhere, wanted))
+    params, state = train(step, params, state, batch)
+    for moment in moments(state):
+        assert_placed(moment, SPECS)
+    assert_same_walk((params, state), on_one_device(CLIPPED_ADAMW))
+
+
+@check
+def training_continues_from_a_checkpoint_of_divided_arrays():
+    params, batch = place(start(), SPECS), place(BATCH, (P("x"), P("x")))
+    step = jax.jit(step_of(CLIPPED_ADAMW))
+    saved = train(step, params, CLIPPED_ADAMW.init(params), batch, steps=STEPS // 2)
+    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), saved)
+    with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(pathlib.Path(folder) / "state", saved)
+        checkpointer.wait_until_finished()
+        params, state = checkpointer.restore(pathlib.Path(folder) / "state", template)
+    for tree in (params, *moments(state)):
+        assert_placed(tree, SPECS)
+    ended = train(step, params, state, batch, steps=STEPS // 2)
+    assert_identical(ended, train(step, *saved, batch, steps=STEPS // 2))
+
+
+@check
+def the_second_step_is_not_traced_again():
+    params, batch, traced = place(start(), SPECS), place(BATCH, (P("x"), P("x"))), []
+    tx = gx.chain(gx.clip_by_global_norm(0.1), gx.adamw(gx.live(0.01)))
+
+    @jax.jit
+    def step(params, state, batch):
+        traced.append(params)
+        return step_of(tx)(params, state, batch)
+
+    params, state = train(step, params, tx.init(params), batch)
+    assert len(traced) == 1
+    train(step, params, gx.set_hyperparams(state, learning_rate=0.02), batch)
+    assert len(traced) == 1
+
+
+@check
+def a_checkpoint_is_restored_onto_what_init_gives():
+    params = place(start(), SPECS)
+    state = CLIPPED_ADAMW.init(params)
+    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(pathlib.Path(folder) / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(pathlib.Path(folder) / "state", template)
+    jax.jit(CLIPPED_ADAMW.update)(params, restored, params)
+
+
+# Work that is divided by hand
+
+
+@check
+def a_shard_map_over_the_batch_is_one_device():
+    tx = CLIPPED_ADAMW
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh(), in_specs=(P(), P(), P("x")), out_specs=P())
+    def step(params, state, batch):
+        grads = jax.grad(loss)(jax.lax.pcast(params, "x", to="varying"), batch)
+        updates, state = tx.update(jax.lax.pmean(grads, "x"), state, params)
+        return gx.apply_updates(params, updates), state
+
+    assert_same_walk(train(step, start(), tx.init(start())), on_one_device(tx))
+
+
+def in_shards(tx, grads, params):
+    """The parameters after steps with these gradients, each device with its own part of every array."""
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh(), in_specs=(SPECS, SPECS), out_specs=SPECS)
+    def run(params, grads):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            return (gx.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=STEPS)[0][0]
+
+    return run(params, grads)
+
+
+def in_one(tx, grads, params):
+    state = tx.init(params)
+    for _ in range(STEPS):
+        updates, state = tx.update(grads, state, params)
+        params = gx.apply_updates(params, updates)
+    return params
+
+
+@check
+def a_scan_in_a_shard_map_over_the_parameters_is_one_device():
+    params = start()
+    grads = jax.grad(loss)(params, BATCH)
+    for tx in (*(optimizer(0.01) for optimizer in OPTIMIZERS.values()), gx.accumulate(gx.adamw(0.01), every=2)):
+        actual, expected = (run(tx, grads, params) for run in (in_shards, in_one))
+        for name in params:
+            # the same arithmetic on every element: a few float32 roundings where it is fused otherwise
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6, atol=1e-7)
+
+
+# pytest's side
+
+
+@pytest.fixture(scope="session")
+def outcomes():
+    """How each check went: None, or its traceback."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__],
+        env=environment, capture_output=True, encoding="utf-8", timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_devices(name, outcomes):
+    if outcomes[name]:
+        pytest.fail(outcomes[name], pytrace=False)
+
+
+def main():
+    assert jax.device_count() == 8
+    for name, run in CHECKS.items():
+        outcome = None
+        try:
+            run()
+        except Exception:
+            outcome = traceback.format_exc()
+        print(json.dumps([name, outcome]))
+
+
+if __name__ == "__main__":
+    main()
