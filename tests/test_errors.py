@@ -352,6 +352,8 @@ def test_a_tracer_must_be_a_scalar():
     no_schedule=(lambda: gx.scale_by_schedule(0.1), TypeError, "schedule & function & scale"),
     schedule_none=(lambda: step(gx.sgd(lambda count: None)), TypeError, "schedule for learning_rate & NoneType"),
     schedule_vector=(lambda: step(gx.sgd(lambda count: jnp.ones(2))), ValueError, "schedule for learning_rate & (2,)"),
+    schedule_nan=(lambda: gx.sgd(lambda count: np.nan).init(PARAMS), ValueError, "schedule for learning_rate & nan"),
+    schedule_inf=(lambda: step(gx.sgd(lambda count: jnp.inf)), ValueError, "schedule for learning_rate & inf"),
     schedule_str=(lambda: step(gx.sgd(lambda count: "x")), TypeError, "schedule for learning_rate & 'x'"),
     schedule_bool=(lambda: step(gx.sgd(lambda count: True)), TypeError, "schedule for learning_rate & bool"),
     schedule_complex=(lambda: step(gx.sgd(lambda count: 1j)), TypeError, "schedule for learning_rate & complex"),

@@ -83,7 +83,9 @@ def test_bad_input_is_named_through_every_wrapper(wrap, call, error, words):
     assert_same(tx.update(PARAMS, state, PARAMS), expected)
 
 
-@pytest.mark.parametrize("inner", ["adam", None, gx.adam, (1, 2), 0.1], ids=str)
+@pytest.mark.parametrize(
+    "inner", ["adam", None, gx.adam, (1, 2), 0.1], ids=["str", "None", "function", "pair", "float"]
+)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_what_is_wrapped_must_be_a_transformation(wrap, inner):
     with pytest.raises((TypeError, ValueError), match=r"must be a transformation|give default="):

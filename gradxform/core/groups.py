@@ -69,7 +69,7 @@ def by_path(
     """
     if not isinstance(groups, Mapping) or not groups:  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
         raise TypeError(f"groups must be a dict from patterns to transformations or overrides, got {groups!r}")
-    table = table_of(groups, has_default=default is not None)
+    table = table_of("by_path", groups, has_default=default is not None)
     base = () if default is None else _stages("default", default)
     members = [
         _overridden(name, value, base, default) if isinstance(value, Mapping) else _own(name, value)

@@ -224,6 +224,7 @@ def evaluate(named: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
             value = stored.get(name, value.value)
         elif callable(value):
             value = _scheduled(f"the schedule for {name}", value, count)
+            check_range(f"the schedule for {name}", value, FINITE)
         return jnp.asarray(value, dtype=visible_dtype())
 
     return {name: one(parameter) for name, parameter in named.items()}

@@ -78,6 +78,8 @@ class BooleanTree:
 class Table:
     """Groups of leaves by the pattern that matches their paths; what none matches is in the last group, if any may."""
 
+    who: str
+    """What the groups belong to, for messages."""
     patterns: tuple[Pattern, ...]
     has_default: bool
 
@@ -101,17 +103,17 @@ def _groups(table: Table, structure: Any) -> tuple[int, ...]:
         matches = [i for i, pattern in enumerate(table.patterns) if pattern.expression.fullmatch(path)]
         if len(matches) > 1:
             both = " and ".join(repr(table.patterns[i]) for i in matches)
-            raise ValueError(f"by_path: {both} both match {path!r}; make the patterns exclude one another")
+            raise ValueError(f"{table.who}: {both} both match {path!r}; make the patterns exclude one another")
         if not matches and not table.has_default:
             raise ValueError(
-                f"by_path: no pattern matches {path!r}, of {', '.join(map(repr, table.patterns))}; "
+                f"{table.who}: no pattern matches {path!r}, of {', '.join(map(repr, table.patterns))}; "
                 "add one or give default="
             )
         groups.append(matches[0] if matches else len(table.patterns))
     for i, pattern in enumerate(table.patterns):
         if paths and i not in groups:
             raise ValueError(
-                f"by_path: pattern {pattern!r} matches none of the paths {', '.join(paths[:20])}; "
+                f"{table.who}: pattern {pattern!r} matches none of the paths {', '.join(paths[:20])}; "
                 "it must match a whole path"
             )
     return tuple(groups)
@@ -167,15 +169,15 @@ def _compiled(name: str, pattern: str | re.Pattern[str]) -> Pattern:
         raise ValueError(f"{name} {pattern!r} is no regular expression: {error}; for globs use gx.glob") from None
 
 
-def table_of(patterns: Iterable[Any], has_default: bool) -> Table:
+def table_of(who: str, patterns: Iterable[Any], has_default: bool) -> Table:
     """The groups that `patterns` make."""
 
     def one(pattern: Any) -> Pattern:
         if not isinstance(pattern, str | re.Pattern):
-            raise TypeError(f"a key of by_path must be a pattern, a string or compiled, got {pattern!r}")
-        return _compiled("by_path: pattern", cast("str | re.Pattern[str]", pattern))
+            raise TypeError(f"{who}: a pattern must be a string or a compiled regular expression, got {pattern!r}")
+        return _compiled(f"{who}: pattern", cast("str | re.Pattern[str]", pattern))
 
-    return Table(tuple(map(one, patterns)), has_default)
+    return Table(who, tuple(map(one, patterns)), has_default)
 
 
 def glob(pattern: str) -> re.Pattern[str]:

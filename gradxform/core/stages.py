@@ -49,9 +49,8 @@ class Groups:
         in line, so that where several groups have one, it is one stage over all of them.
         """
         last = len(self.groups) - 1
-        order = (
-            [last, *range(last)] if self.table.has_default else range(len(self.groups))
-        )  # the default gives the names
+        # the default first: what it shares with a group has its name
+        order = [last, *range(last)] if self.table.has_default else range(len(self.groups))
         turns = {index: list(_turns(self.groups[index].stages)) for index in order}
         sequence: list[Rule | Foreign] = []
         for turn in range(max(map(len, turns.values()))):

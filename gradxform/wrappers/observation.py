@@ -81,7 +81,9 @@ def observe(
     """
     parts: Any = by
     if isinstance(by, Mapping):
-        parts = Parts(tuple((str(name), table_of([pattern], has_default=True)) for name, pattern in by.items()))
+        parts = Parts(
+            tuple((str(name), table_of("by of observe", [pattern], has_default=True)) for name, pattern in by.items())
+        )
     elif by not in (None, "leaf", "group"):
         raise TypeError(f"by must be 'leaf', 'group', a dict from names to patterns, or None, got {by!r}")
     return Transformation.of(Observe(body_of("tx of observe", tx), parts, axes("axis_name", axis_name)))
