@@ -156,7 +156,10 @@ def _log(x: Any) -> Any:
 
 
 def norm(x: Array, axes: tuple[int, ...] | None = None) -> Array:
-    """‖x‖₂ in at least float32, right from the smallest to the largest floats: of all elements, or along `axes`."""
+    """‖x‖₂ in at least float32, right from the smallest to the largest floats: of all elements, or along `axes`.
+
+    What exceeds the largest float counts as it.
+    """
     x = jnp.abs(x) if jnp.iscomplexobj(x) else x
     half = jnp.finfo(x.dtype).maxexp // 2
     kept = axes is not None
@@ -166,7 +169,12 @@ def norm(x: Array, axes: tuple[int, ...] | None = None) -> Array:
     scale = jnp.where(largest > 2.0 ** (half - 4), down, jnp.where(largest < 2.0 ** (4 - half), up, 1.0)).astype(
         x.dtype
     )
-    return jnp.sqrt(jnp.sum(jnp.square(x * scale), axes, keepdims=kept)) / scale
+    return _saturated(jnp.sqrt(jnp.sum(jnp.square(x * scale), axes, keepdims=kept)) / scale, largest)
+
+
+def _saturated(size: Array, largest: Array) -> Array:
+    """`size`, or the largest float where it overflowed though the `largest` element is finite."""
+    return jnp.minimum(size, jnp.where(jnp.isinf(largest), jnp.inf, float(jnp.finfo(size.dtype).max)))
 
 
 def factor_to(size: Array, limit: Any) -> Array:
@@ -179,4 +187,4 @@ def norm_across(norms: Array, axes: tuple[str, ...]) -> Array:
     """‖x‖₂ of arrays whose shards over the mesh axes `axes` have these norms."""
     largest = jax.lax.pmax(norms, axes)
     scale = jnp.where(largest == 0, 1.0, largest)
-    return scale * jnp.sqrt(jax.lax.psum(jnp.square(norms / scale), axes))
+    return _saturated(scale * jnp.sqrt(jax.lax.psum(jnp.square(norms / scale), axes)), largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -213,6 +214,7 @@ def evaluate(named: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
     """This step's values by name: a float for a constant, else a 0-d array of at least float32."""
     name_of = {parameter: name for name, parameter in named.items()}
 
+    @functools.cache
     def one(parameter: Hyperparameter) -> Any:
         value = parameter.value
         if isinstance(value, float):

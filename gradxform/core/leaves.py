@@ -96,10 +96,10 @@ class Leaves:
             return numbers, stacked(numbers)
         assert measure.across is not None
         order = [i for some in dict.fromkeys(axes) for i, own in enumerate(axes) if own == some]
-        parts = [
-            measure.across(stacked([one for one, own in zip(numbers, axes, strict=True) if own == some]), some)
-            for some in dict.fromkeys(axes)
-        ]
+        parts: list[Mapping[str, jax.Array]] = []
+        for some in dict.fromkeys(axes):
+            together = stacked([one for one, own in zip(numbers, axes, strict=True) if own == some])
+            parts.append(measure.across(together, some) if some else together)
         back = np.argsort(order)
         with jax.numpy_dtype_promotion("standard"):
             whole = {key: jnp.concatenate([part[key] for part in parts])[back] for key in parts[0]}

@@ -32,7 +32,8 @@ class Pattern:
         return chosen
 
     def __repr__(self) -> str:
-        return repr(self.expression.pattern)
+        plain = self.expression == re.compile(self.expression.pattern)
+        return repr(self.expression.pattern if plain else self.expression)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ class BooleanTree:
     leaves: tuple[bool, ...]
 
     def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        if not leaves:  # the placeholder of optax.tree_map_params has no structure either
+            return []
         try:
             parts = self.structure.flatten_up_to(params)
         except ValueError as error:
@@ -181,7 +184,7 @@ def table_of(who: str, patterns: Iterable[Any], has_default: bool) -> Table:
 
 
 def glob(pattern: str) -> re.Pattern[str]:
-    """A path pattern with wildcards: ``*`` within one name, ``**`` across ``/``, ``?`` one character.
+    """A path pattern with wildcards: ``*`` and ``?`` within one name, ``**`` across ``/``, ``**/`` any number of names.
 
     For every argument that takes a regular expression over paths.
 
@@ -198,8 +201,8 @@ def glob(pattern: str) -> re.Pattern[str]:
     """
     if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
         raise TypeError(f"pattern must be a string, got {pattern!r}")
-    wild = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"((?:^|(?<=/))\*\*/|\*\*|\*|\?)", pattern)
     return re.compile("".join(wild.get(part, re.escape(part)) for part in parts))
 
 

@@ -15,7 +15,7 @@ from gradxform import numerics
 from gradxform.core import rules as one_array
 from gradxform.core import trees
 from gradxform.core.arguments import visible_dtype
-from gradxform.core.body import Body, Call, Report
+from gradxform.core.body import Call, Report
 from gradxform.core.compiled import gathered, on_leaf, owned_slots, prepared, slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, masked, widened
 from gradxform.core.masks import Mask
@@ -34,10 +34,9 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class ForeignSegment:
-    """A stage that sees whole trees, the leaves it acts on, and the state field that holds its state."""
+    """A stage that sees whole trees, and the state field that holds its state."""
 
-    body: Body
-    mask: Mask | None
+    stage: Foreign
     field: str
 
 
@@ -47,6 +46,8 @@ class Selection:
 
     chosen: Mapping[Mask, list[bool]]
     frozen: list[bool]
+    within: Mapping[Foreign, list[bool]]
+    """Which leaves a stage that is no rule freezes itself, and so must see."""
 
     @classmethod
     def of(cls, stages: Iterable[Rule | Foreign], params: Any, leaves: list[Any], structure: Any) -> Selection:
@@ -62,12 +63,29 @@ class Selection:
             if isinstance(stage, Rule) and stage.freezes:
                 chosen = [True] * len(leaves) if stage.mask is None else masks[stage.mask]
                 frozen = [one or other for one, other in zip(frozen, chosen, strict=True)]
-        return cls(masks, frozen)
+        selection = cls(masks, frozen, {})
+        within = {
+            stage: selection.frozen_by(stage, params, leaves, structure)
+            for stage in stages
+            if isinstance(stage, Foreign) and params is not None
+        }
+        return cls(masks, [any(some) for some in zip(frozen, *within.values(), strict=True)], within)
+
+    def frozen_by(self, stage: Foreign, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        """Which of the leaves it acts on a stage that is no rule freezes itself."""
+        acts = self.acting(stage.mask)
+        inner = iter(stage.body.frozen(masked(acts, params, leaves, structure)))
+        return [act and next(inner) for act in acts]
 
     def acting(self, *masks: Mask | None) -> list[bool]:
         """The leaves that are not frozen and that all of `masks` choose."""
         flags = [self.chosen[mask] for mask in masks if mask is not None]
         return [not frozen and all(some) for frozen, *some in zip(self.frozen, *flags, strict=True)]
+
+    def seen_by(self, stage: Foreign) -> list[bool]:
+        """The leaves that a stage that is no rule acts on, and those that it freezes itself."""
+        own = self.within.get(stage, [False] * len(self.frozen))
+        return [act or freezes for act, freezes in zip(self.acting(stage.mask), own, strict=True)]
 
     def rules_by_leaf(self, rules: tuple[Rule, ...]) -> list[tuple[Rule, ...]]:
         """What each leaf gets of `rules`; a frozen one what freezes it."""
@@ -97,13 +115,13 @@ def run_foreign(
     segment: ForeignSegment, state: Any, leaves: Leaves, selection: Selection, call: Call
 ) -> tuple[Leaves, Any, Report]:
     """One foreign stage: it sees whole trees in the parameters' dtypes, with holes where it does not act."""
-    acts = selection.acting(segment.mask)
+    body, acts = segment.stage.body, selection.seen_by(segment.stage)
     rounded = leaves.rounded()
     updates = masked(acts, rounded, leaves.structure.flatten_up_to(rounded), leaves.structure)
     params = leaves.whole_params
     if params is not None:
         params = masked(acts, params, leaves.params, leaves.structure)
-    new, new_state, report = segment.body.step(updates, getattr(state, segment.field), params, call)
+    new, new_state, report = body.step(updates, getattr(state, segment.field), params, call)
     new_leaves, structure = trees.flatten("updates", new)
     remedy = "every stage must keep the structure of its updates"
     trees.check_same_structure("updates", structure, "params", jax.tree.structure(updates), remedy)
@@ -112,7 +130,7 @@ def run_foreign(
     final = list(leaves.final)
     for index, (act, one) in enumerate(zip(acts, merged, strict=True)):
         trees.check_update("updates", one, leaves.updates[index], leaves.structure, index)
-        if act and segment.body.lands:
+        if act and body.lands:
             final[index] = trees.dtype_of(one)
     return dataclasses.replace(leaves, updates=merged, final=final), new_state, report
 

@@ -20,7 +20,7 @@ from gradxform.core.hyperparameters import Hyperparameter, Live, evaluate
 from gradxform.core.leaves import Leaves, masked
 from gradxform.core.passes import ForeignSegment, Segment, Selection
 from gradxform.core.rules import Rule
-from gradxform.core.stages import Foreign, Groups, Stage, expanded
+from gradxform.core.stages import Foreign, Groups, Stage, expanded, hyperparameters_of
 from gradxform.core.state import state_type, unique_names
 
 
@@ -62,10 +62,13 @@ class Program(Body):
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
-        """Those that change or show in the state, by their names there; equal ones share a name."""
-        every = [h for stage in self.flat if isinstance(stage, Rule) for h in stage.hyperparameters]
-        distinct = list(dict.fromkeys(h for h in every if not h.constant or h.visible))
-        return dict(zip(unique_names([h.shown_as for h in distinct]), distinct, strict=True))
+        """Those that change or show in the state, by their names there; equal ones of one group share a name."""
+        every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.constant or h.visible]
+        distinct: dict[Any, Hyperparameter] = {}
+        for h in every:  # a live value has one place, whichever groups share it
+            distinct.setdefault((h, None if isinstance(h.value, Live) else h.group), h)
+        names = unique_names([h.shown_as for h in distinct.values()])
+        return dict(zip(names, distinct.values(), strict=True))
 
     @functools.cached_property
     def segments(self) -> tuple[Segment | ForeignSegment, ...]:
@@ -85,7 +88,7 @@ class Program(Body):
         fields = [tuple(next(names) for _ in some) for some in owned]
         memory = [tuple(next(names) for _ in some) for some in memories]
         return tuple(
-            ForeignSegment(run.body, run.mask, *some) if isinstance(run, Foreign) else Segment(tuple(run), some, kept)
+            ForeignSegment(run, *some) if isinstance(run, Foreign) else Segment(tuple(run), some, kept)
             for run, some, kept in zip(runs, fields, memory, strict=True)
         )
 
@@ -122,8 +125,8 @@ class Program(Body):
         fields: dict[str, Any] = {}
         for segment in self.segments:
             if isinstance(segment, ForeignSegment):
-                acts = selection.acting(segment.mask)
-                fields[segment.field] = segment.body.init(masked(acts, params, leaves, structure))
+                acts = selection.seen_by(segment.stage)
+                fields[segment.field] = segment.stage.body.init(masked(acts, params, leaves, structure))
             else:
                 fields |= passes.initial_fields(segment, selection, leaves, structure)
         count = jnp.zeros((), jnp.int32)
@@ -184,13 +187,7 @@ class Program(Body):
         freezing = [stage for stage in self.flat if isinstance(stage, Rule) and stage.freezes]
         if not freezing and not within:
             return [False] * len(leaves)
-        selection = Selection.of([*freezing, *within], params, leaves, structure)
-        frozen = selection.frozen
-        for stage in within:
-            acts = selection.acting(stage.mask)
-            inner = iter(stage.body.frozen(masked(acts, params, leaves, structure)))
-            frozen = [next(inner) if act else one for one, act in zip(frozen, acts, strict=True)]
-        return frozen
+        return Selection.of([*freezing, *within], params, leaves, structure).frozen
 
     def assign(self, params: Any) -> list[Assigned]:
         leaves, structure = trees.flatten("params", params)
@@ -201,7 +198,7 @@ class Program(Body):
         assigned = [Assigned(group, frozen, {}) for group, frozen in zip(groups, selection.frozen, strict=True)]
         for stage in self.flat:
             if isinstance(stage, Foreign):
-                acts = selection.acting(stage.mask)
+                acts = selection.seen_by(stage)
                 inner = iter(stage.body.assign(masked(acts, params, leaves, structure)))
                 assigned = [one.joined(next(inner)) if act else one for one, act in zip(assigned, acts, strict=True)]
                 continue

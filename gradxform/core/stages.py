@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from gradxform.core.body import Body
+from gradxform.core.hyperparameters import Hyperparameter
 from gradxform.core.masks import Both, Mask, Members, Table
 from gradxform.core.rules import Rule
 
@@ -48,30 +49,33 @@ class Groups:
         Every group's stages keep their order. Stages that need all leaves at once, such as a global norm, are brought
         in line, so that where several groups have one, it is one stage over all of them.
         """
-        last = len(self.groups) - 1
-        # the default first: what it shares with a group has its name
-        order = [last, *range(last)] if self.table.has_default else range(len(self.groups))
-        turns = {index: list(_turns(self.groups[index].stages)) for index in order}
+        turns = {index: list(_turns(self.groups[index].stages)) for index in self.order()}
         sequence: list[Rule | Foreign] = []
         for turn in range(max(map(len, turns.values()))):
             now = [(stage, index) for index, runs in turns.items() if turn < len(runs) for stage in runs[turn]]
-            sequence += self._shared([(stage, index) for stage, index in now if not _measures(stage)])
-            sequence += self._joined([(stage, index) for stage, index in now if _measures(stage)])
+            merged = self._shared([(stage, index) for stage, index in now if not _measures(stage)])
+            merged += self._joined([(stage, index) for stage, index in now if _measures(stage)])
+            sequence += [self._within(stage, *indices) for stage, indices in merged]
         return sequence
 
-    def _joined(self, stages: list[tuple[Rule | Foreign, int]]) -> list[Rule | Foreign]:
+    def order(self) -> list[int]:
+        """The default first: what a group shares with it has its name."""
+        last = len(self.groups) - 1
+        return [last, *range(last)] if self.table.has_default else list(range(last + 1))
+
+    def _joined(self, stages: list[tuple[Rule | Foreign, int]]) -> list[tuple[Rule | Foreign, list[int]]]:
         if not self.joint:
-            return [self._within(stage, index) for stage, index in stages]
+            return [(stage, [index]) for stage, index in stages]
         shared = self._shared(stages)
         if len(shared) > 1:
-            one, other, *_ = dict.fromkeys(stage for stage, _ in stages)
+            (one, [first, *_]), (other, [second, *_]), *_ = shared
             raise ValueError(
-                f"by_path: {one!r} and {other!r} in different groups need one norm over all leaves; "
-                "give both the same numbers, or a norm per group with joint_norm=False"
+                f"by_path: {one!r} in {self.table.label(first)!r} and {other!r} in {self.table.label(second)!r} "
+                "need one norm over all leaves; give both the same numbers, or a norm per group with joint_norm=False"
             )
         return shared
 
-    def _shared(self, stages: list[tuple[Rule | Foreign, int]]) -> list[Rule | Foreign]:
+    def _shared(self, stages: list[tuple[Rule | Foreign, int]]) -> list[tuple[Rule | Foreign, list[int]]]:
         """Equal stages of different groups as one, where that keeps each group's order."""
         merged: list[tuple[Rule | Foreign, list[int]]] = []
         last: dict[int, int] = {}  # how far each group has come in `merged`
@@ -84,15 +88,15 @@ class Groups:
                 place = len(merged) - 1
             merged[place][1].append(index)
             last[index] = place
-        return [self._within(stage, *indices) for stage, indices in merged]
+        return merged
 
     def _within(self, stage: Rule | Foreign, *groups: int) -> Rule | Foreign:
         members = Members(self.table, frozenset(groups))
         return dataclasses.replace(stage, mask=members if stage.mask is None else Both(members, stage.mask))
 
     def __repr__(self) -> str:
-        names = self.table.names()
-        parts = [f"{{{', '.join(f'{n!r}: {g!r}' for n, g in zip(names, self.groups, strict=False))}}}"]
+        pairs = zip(self.table.patterns, self.groups, strict=False)
+        parts = [f"{{{', '.join(f'{pattern!r}: {group!r}' for pattern, group in pairs)}}}"]
         if self.table.has_default:
             parts.append(f"default={self.groups[-1]!r}")
         if not self.joint:
@@ -106,6 +110,14 @@ Stage: TypeAlias = Rule | Foreign | Groups
 def expanded(stages: Sequence[Stage]) -> list[Rule | Foreign]:
     """The stages with groups resolved into stages that act on some leaves."""
     return [one for stage in stages for one in (stage.expanded() if isinstance(stage, Groups) else [stage])]
+
+
+def hyperparameters_of(stage: Stage) -> list[Hyperparameter]:
+    """Those of its rules; of groups each group's, the default's first."""
+    if isinstance(stage, Groups):
+        members = (one for index in stage.order() for one in stage.groups[index].stages)
+        return [h for one in members for h in hyperparameters_of(one)]
+    return stage.hyperparameters if isinstance(stage, Rule) else []
 
 
 def _turns(stages: Sequence[Stage]) -> Iterator[list[Rule | Foreign]]:

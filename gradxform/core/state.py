@@ -107,7 +107,8 @@ def _checked(name: str, value: Any, holder: Any, local: str) -> Any:
     if not _foreign(holder):
         if local not in holder.settable:
             raise ValueError(
-                f"{name} is fixed by the optimizer; build it with {local}=gx.live(…) to set it in the state"
+                f"{name} is fixed by the optimizer, or a multiple of another one; "
+                f"build it with {local.rpartition('/')[2]}=gx.live(…) to set it in the state"
             )
         check_range(name, value, holder.settable[local])
     if jnp.shape(value) != jnp.shape(old):

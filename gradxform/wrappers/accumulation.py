@@ -19,7 +19,7 @@ from gradxform.core.norms import all_finite
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.core.trees import concrete
-from gradxform.numerics import cast, lerp
+from gradxform.numerics import cast, lerp, no_update
 
 
 class AccumulateState(NamedTuple):
@@ -50,7 +50,7 @@ class AccumulateState(NamedTuple):
 def accumulate(
     tx: optax.GradientTransformation, every: int, *, axis_name: str | Sequence[str] | None = None
 ) -> Transformation:
-    """ḡ = mean of the finite ones of g₁, …, gₖ,  u ← tx(ḡ) at every k-th call, 0 at the others.
+    """ḡ = mean of the finite ones of g₁, …, gₖ,  u ← tx(ḡ) at every k-th call, −0 at the others.
 
     With k mini-batches of equal size that make up the data set, ``accumulate(sgd(α), every=k)`` is gradient
     descent on the full batch at the memory of a mini-batch. The inner transformation runs, and its
@@ -78,7 +78,7 @@ def accumulate(
       >>> first, state = tx.update(jnp.array([1.0]), state)
       >>> second, state = tx.update(jnp.array([3.0]), state)
       >>> print(first, second)
-      [0.] [-2.]
+      [-0.] [-2.]
     """
     body = body_of("tx of accumulate", tx)
     return Transformation.of(Accumulate(body, count_of("every", every), axes("axis_name", axis_name)))
@@ -128,7 +128,7 @@ class Accumulate(Wrapper):
 
         def wait() -> tuple[Any, AccumulateState, Report]:
             like = leaves.updates if params is None else leaves.params
-            nothing = [jnp.zeros_like(one, dtype=dtype) for one, dtype in zip(like, dtypes, strict=True)]
+            nothing = [no_update(jnp.zeros_like(one, dtype=dtype)) for one, dtype in zip(like, dtypes, strict=True)]
             report = {name: jnp.zeros((), jnp.float32) for name in self.reports}
             return leaves.structure.unflatten(nothing), seen, report
 

@@ -79,9 +79,9 @@ def compensated(tx: optax.GradientTransformation, residual: str = "bfloat16") ->
 
     Args:
       tx: See `stochastic_rounding`.
-      residual: How r is kept: ``"bfloat16"`` as a number (Kahan's sum), 2 bytes; ``"int8"`` or ``"int16"`` as a
-        fraction of half the distance to the next number, 1 or 2 bytes: 16 or 24 significant bits together with
-        a bfloat16 parameter. What r cannot hold is rounded stochastically, so that no step is lost in the mean.
+      residual: How r is kept, ``"bfloat16"`` as a number of 2 bytes (Kahan's sum), ``"int8"`` or ``"int16"`` as a
+        fraction of half the distance to the next number, which makes 16 or 24 significant bits of a bfloat16
+        parameter's 8. What r cannot hold is rounded stochastically, so that no step is lost in the mean.
 
     Returns:
       As `stochastic_rounding`; the state has ``seed``, ``residual`` and ``inner``.

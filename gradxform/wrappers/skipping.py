@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform.core.arguments import axes, check_real, count_of, number_in, positive_range
+from gradxform.core.arguments import axes, count_of, number_in, positive_range
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.compiled import increment
 from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.norms import all_finite, leaf_norms, total
 from gradxform.core.state import check_state_type, get_hyperparams
-from gradxform.numerics import no_update
+from gradxform.core.trees import aval, describe
+from gradxform.numerics import cast, no_update
 
 _LOG = logging.getLogger("gradxform")
 
@@ -170,8 +172,7 @@ class _Skip(Wrapper):
         gives_up = ~good & (state.skipped_in_a_row >= self.max_consecutive)
         taken = good | gives_up
         new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
-        shown = (gives_up, state.skipped_in_a_row)
-        jax.lax.cond(gives_up, lambda: jax.debug.callback(_report_failure, *shown, name=self.name), lambda: None)
+        _report(gives_up, state.skipped_in_a_row, name=self.name)
         return (
             jax.tree.map(lambda new: jnp.where(taken, new, no_update(new)), new_updates),
             recorded._replace(
@@ -209,10 +210,10 @@ class SkipSpikes(_Skip):
         latest = {"norms": total(leaf_norms(leaves, acts, call, self.name, self.axis_name))}
         if self.watch != "norm":
             latest["losses"] = self._loss(call)
-        watched = {name: x.astype(jnp.float32) for name, x in latest.items() if getattr(state, name) is not None}
+        watched = {name: cast(x, jnp.float32) for name, x in latest.items() if getattr(state, name) is not None}
         finite = jnp.stack([jnp.isfinite(x) for x in latest.values()]).all()
         usual = [self._usual(getattr(state, name), x, state.seen) for name, x in watched.items()]
-        place = jnp.arange(self.window) == state.seen % self.window
+        place = jnp.arange(self.window, dtype=jnp.int32) == state.seen % self.window
         kept = {name: jnp.where(place & finite, x, getattr(state, name)) for name, x in watched.items()}
         seen = jnp.where(finite, increment(state.seen), state.seen)
         return finite & jnp.stack(usual).all(), state._replace(**kept, seen=seen)
@@ -220,7 +221,7 @@ class SkipSpikes(_Skip):
     def _usual(self, past: jax.Array, latest: jax.Array, seen: jax.Array) -> jax.Array:
         """Whether `latest` is no spike above the `past`, of which `seen` values are filled; the first pass."""
         number = jnp.minimum(seen, self.window).astype(jnp.float32)
-        filled = jnp.arange(self.window) < seen
+        filled = jnp.arange(self.window, dtype=jnp.int32) < seen
         mean = jnp.sum(jnp.where(filled, past, 0)) / jnp.maximum(number, 1)
         squares = jnp.sum(jnp.where(filled, jnp.square(past - mean), 0))
         deviation = jnp.sqrt(squares / jnp.maximum(number - 1, 1))
@@ -231,12 +232,20 @@ class SkipSpikes(_Skip):
             got = ", ".join(call.extra_args) or "no extra argument"
             raise TypeError(f"skip_spikes watches the loss: call update(…, value=loss); it got {got}")
         value = call.extra_args["value"]
-        check_real("value", value)
+        _, dtype = aval(value)
+        if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise TypeError(f"value must be the loss, a real number, got {describe(value)}")
         if np.shape(value) != ():
             raise ValueError(f"value must be a scalar, got shape {np.shape(value)}")
-        return jnp.asarray(value, jnp.float32)
+        return cast(value, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _report(gives_up: jax.Array, in_a_row: jax.Array, name: str) -> None:
+    failure = functools.partial(_report_failure, name=name)
+    jax.lax.cond(gives_up, lambda: jax.debug.callback(failure, gives_up, in_a_row), lambda: None)
 
 
 def _report_failure(gives_up: Any, in_a_row: Any, *, name: str) -> None:
     if np.any(gives_up):
-        _LOG.error("%s: %d bad steps in a row were skipped; this one is taken as it comes", name, np.max(in_a_row))
+        _LOG.error("%s: %d bad steps in a row; this one is taken as it comes", name, np.max(in_a_row) + 1)
