@@ -34,6 +34,9 @@ def largest_square(dtype: Any) -> float:
 def cast(x: Any, dtype: Any) -> Array:
     """`x` rounded to `dtype`; a finite number too large for it becomes its largest, not infinity."""
     x = jnp.asarray(x)
+    if jnp.issubdtype(dtype, jnp.complexfloating) and x.dtype != dtype:
+        real = real_dtype(dtype)
+        return jax.lax.complex(cast(x.real, real), cast(x.imag, real))
     if jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(x.dtype, jnp.floating):
         largest = float(jnp.finfo(dtype).max)
         if largest < float(jnp.finfo(x.dtype).max):
@@ -120,15 +123,17 @@ def no_update(x: Array) -> Array:
 
 
 def clamp(x: Array, limit: float) -> Array:
-    """`x` within ±limit, infinities too; a complex `x` by its parts."""
+    """`x` within ±limit, infinities too; a complex `x` keeps its phase."""
     if jnp.iscomplexobj(x):
-        return jax.lax.complex(clamp(x.real, limit / 2), clamp(x.imag, limit / 2))
+        largest = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
+        return x * jnp.where(largest > limit / 2, limit / 2 / largest, 1)
     return jnp.clip(x, -limit, limit)
 
 
 def zero_if_finite(x: Array) -> Array:
     """0 where `x` is finite, NaN where it is not: added, it lets a non-finite input be seen."""
-    return (x - x).real
+    nothing = x - x
+    return nothing.real + nothing.imag if jnp.iscomplexobj(x) else nothing
 
 
 def lerp(old: Array, new: Array, weight: Any) -> Array:

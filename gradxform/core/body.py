@@ -50,6 +50,8 @@ class Body(abc.ABC):
     """The names in its report."""
     needs_params: bool = False
     """Whether ``update`` raises without params."""
+    measures: bool = False
+    """Whether something in it depends on all leaves at once, such as a global norm."""
 
     @abc.abstractmethod
     def init(self, params: Any) -> Any: ...
@@ -109,6 +111,10 @@ class Wrapper(Body):
     @property
     def reports(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
         return self.tx.reports
+
+    @property
+    def measures(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+        return self.tx.measures
 
     @property
     def needs_params(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)

@@ -20,7 +20,7 @@ from gradxform.core.hyperparameters import Hyperparameter, Live, evaluate
 from gradxform.core.leaves import Leaves, masked
 from gradxform.core.passes import ForeignSegment, Segment, Selection
 from gradxform.core.rules import Rule
-from gradxform.core.stages import Foreign, Groups, Stage, expanded, hyperparameters_of
+from gradxform.core.stages import Foreign, Groups, Stage, expanded, hyperparameters_of, measures
 from gradxform.core.state import state_type, unique_names
 
 
@@ -59,6 +59,10 @@ class Program(Body):
         bodies = [stage.body for stage in self.flat if isinstance(stage, Foreign)]
         masked = any(stage.mask for stage in (*rules, *self.flat))
         return masked or any(one.needs_params for one in (*rules, *bodies))
+
+    @functools.cached_property
+    def measures(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+        return any(map(measures, self.flat))
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:

@@ -55,6 +55,8 @@ class Groups:
             now = [(stage, index) for index, runs in turns.items() if turn < len(runs) for stage in runs[turn]]
             merged = self._shared([(stage, index) for stage, index in now if not _measures(stage)])
             merged += self._joined([(stage, index) for stage, index in now if _measures(stage)])
+            for stage, indices in merged:
+                self._check_whole(stage, indices)
             sequence += [self._within(stage, *indices) for stage, indices in merged]
         return sequence
 
@@ -62,6 +64,15 @@ class Groups:
         """The default first: what a group shares with it has its name."""
         last = len(self.groups) - 1
         return [last, *range(last)] if self.table.has_default else list(range(last + 1))
+
+    def _check_whole(self, stage: Rule | Foreign, indices: list[int]) -> None:
+        """Raise if a norm is hidden in a stage that only some of the groups with norms share."""
+        with_norms = {index for index, group in enumerate(self.groups) if any(map(measures, expanded(group.stages)))}
+        if self.joint and isinstance(stage, Foreign) and measures(stage) and not with_norms <= set(indices):
+            raise ValueError(
+                f"by_path: {stage!r} in {self.table.label(indices[0])!r} sees the norm of its own leaves only, and "
+                "other groups take norms as well; put by_path inside it, or say joint_norm=False"
+            )
 
     def _joined(self, stages: list[tuple[Rule | Foreign, int]]) -> list[tuple[Rule | Foreign, list[int]]]:
         if not self.joint:
@@ -131,5 +142,11 @@ def _turns(stages: Sequence[Stage]) -> Iterator[list[Rule | Foreign]]:
     yield turn
 
 
+def measures(stage: Rule | Foreign) -> bool:
+    """Whether a stage, or something in it, depends on all leaves at once."""
+    return stage.measure is not None if isinstance(stage, Rule) else stage.body.measures
+
+
 def _measures(stage: Rule | Foreign) -> bool:
-    return isinstance(stage, Rule) and stage.measure is not None
+    """Whether a stage needs numbers of all leaves before it runs."""
+    return isinstance(stage, Rule) and measures(stage)

@@ -1,0 +1,270 @@
+"""What training runs meet at their edges: extreme numbers, odd trees, shared arrays, calls that fail."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.core import Tracer
+
+import gradxform as gx
+from tests.strategies import OPTIMIZERS, STEPS, WITHOUT_EPS, assert_same, walk
+
+EVERY = OPTIMIZERS | {f"{name}, eps=0": tx for name, tx in WITHOUT_EPS.items()}
+CLIPS = {
+    "clip_by_value": gx.clip_by_value(1.0),
+    "clip_by_leaf_norm": gx.clip_by_leaf_norm(1.0),
+    "clip_by_global_norm": gx.clip_by_global_norm(1.0),
+}
+WITH_STATE = OPTIMIZERS | {"accumulate": gx.accumulate(gx.adam(0.1), every=2)}
+every_optimizer = pytest.mark.parametrize("name", EVERY)
+eager_and_compiled = pytest.mark.parametrize("transform", [lambda call: call, jax.jit], ids=["eager", "compiled"])
+
+
+def repeated(grads: Any, steps: int = STEPS) -> Any:
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * steps), grads)
+
+
+def zeros_like(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def moments(state: Any) -> list[Any]:
+    """All of a state but its counters."""
+    return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_last_count_is_as_good_as_any_late_one(name):
+    tx, params = gx.chain(*CLIPS.values(), OPTIMIZERS[name]), jnp.zeros(2)
+    last, late = (
+        tx.update(jnp.ones(2), tx.init(params)._replace(count=jnp.asarray(count, jnp.int32)), params)
+        for count in (2**31 - 1, 2**30)
+    )
+    assert last[1].count == 2**31 - 1
+    assert_same((last[0], last[1][1:]), (late[0], late[1][1:]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zero_gradients_move_nothing_in_any_dtype(name):
+    with jax.enable_x64(True):
+        zero = {dtype: jnp.zeros(2, dtype) for dtype in ("float16", "bfloat16", "float32", "float64", "complex64")}
+        tx = gx.chain(*CLIPS.values(), gx.accumulate(OPTIMIZERS[name], every=2))
+        updates, state = walk(tx, zero, repeated(zero, steps=2), steps=2)
+        assert_same(updates, [zero, zero])
+        assert_same(moments(state), moments(tx.init(zero)))
+
+
+SIZES = [0.0, 1e-38, 1e-25, 1e-8, 0.19, 0.21, 300.0, 1e10, 1e20]
+
+
+@every_optimizer
+def test_a_clipped_gradient_of_any_size_acts_as_what_it_is_clipped_to(name):
+    tx = gx.chain(gx.clip_by_global_norm(1.0), EVERY[name])
+    for size in SIZES:
+        grads = {"a": jnp.asarray([3.0, 0.0]) * size, "b": jnp.asarray([0.0, -4.0]) * size}
+        factor = jnp.float32(1 / max(1.0, 5 * size))
+        clipped = jax.tree.map(lambda leaf, factor=factor: leaf * factor, grads)
+        ours, _ = walk(tx, zeros_like(grads), repeated(grads))
+        expected, _ = walk(EVERY[name], zeros_like(grads), repeated(clipped))
+        for update, leaf in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            assert jnp.isfinite(update).all()
+            # the norm, the quotient and the product round thrice by 2⁻²⁴, NAdam and the square double that
+            np.testing.assert_allclose(update, leaf, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_not_finite_shows_as_far_as_its_clip_reaches(name, value):
+    grads = {"a": jnp.asarray([1.0, value, 1.0]), "b": jnp.ones(3)}
+    params, shown = zeros_like(grads), {}
+    for key, clip in CLIPS.items():
+        updates, _ = gx.chain(clip, OPTIMIZERS[name]).update(grads, OPTIMIZERS[name].init(params), params)
+        shown[key] = "".join("?" if nan else "." for leaf in (updates["a"], updates["b"]) for nan in jnp.isnan(leaf))
+    assert shown == {
+        "clip_by_value": ".?...." if np.isnan(value) else "......",
+        "clip_by_leaf_norm": "???...",
+        "clip_by_global_norm": "??????",
+    }
+
+
+# Leaves
+
+
+@pytest.mark.parametrize("name", [*EVERY, "clip_by_value"])
+def test_an_element_gives_the_same_numbers_in_a_leaf_of_any_shape(name):
+    tx = {**EVERY, **CLIPS}[name]
+    random = np.random.default_rng(0)
+    vector, gradients = (jnp.asarray(random.normal(size=size), jnp.float32) for size in (13, (STEPS, 13)))
+    updates, state = walk(tx, vector, gradients)
+    for shape in ((), (1,)):
+
+        def last(array: Any, shape: tuple[int, ...] = shape) -> Any:
+            return array[..., -1].reshape(*array.shape[:-1], *shape) if array.ndim else array
+
+        assert_same(walk(tx, last(vector), last(gradients)), jax.tree.map(last, (updates, state)))
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_leaves_without_elements_take_part_and_change_nothing(name):
+    tx = gx.chain(gx.clip_by_global_norm(1.0), WITH_STATE[name])
+    empty = {"none": jnp.zeros((0,)), "rows": jnp.zeros((3, 0), jnp.bfloat16)}
+    some = {"w": jnp.asarray([3.0, 4.0])}
+    nothing, _ = tx.update(empty, tx.init(empty), empty)
+    both, state = tx.update(empty | some, tx.init(empty | some), empty | some)
+    alone, _ = tx.update(some, tx.init(some), some)
+    assert_same((nothing, both), (empty, empty | alone))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_one_array_at_two_places_is_two_leaves(name):
+    tx = WITH_STATE[name]
+    shared, grad = jnp.asarray([1.0, -2.0]), jnp.asarray([0.3, 0.1])
+    params, grads = {"a": shared, "b": [shared]}, {"a": grad, "b": [grad]}
+    updates, state = walk(tx, params, repeated(grads))
+    copies = jax.tree.map(jnp.array, (params, grads))
+    assert_same((updates, state), walk(tx, copies[0], repeated(copies[1])))
+    donated = jax.jit(tx.update, donate_argnums=1)  # which refuses a buffer that is there twice
+    for start in (tx.init(params), jax.jit(tx.init)(params), state):
+        update, _ = donated(grads, start, params)
+        assert_same(update["a"], update["b"][0])
+
+
+# Trees
+
+
+@pytest.fixture
+def deep_recursion():
+    """JAX itself flattens no deeper than Python's own limit."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+def nested(leaf: Any, node: Any, depth: int = 1000) -> Any:
+    for _ in range(depth):
+        leaf = node(leaf)
+    return leaf
+
+
+NODES = {"dicts": (lambda tree: {"a": tree}, "['a']", "a"), "lists": (lambda tree: [tree], "[0]", "0")}
+every_node = pytest.mark.parametrize(("node", "name", "key"), NODES.values(), ids=NODES)
+
+
+@eager_and_compiled
+@every_node
+def test_a_tree_may_be_a_thousand_nodes_deep(node, name, key, transform, deep_recursion):
+    leaf = jnp.asarray([1.0, -2.0])
+    tree = nested(leaf, node)
+    tx = gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(0.1, weight_decay=0.5))
+    updates, _ = transform(tx.update)(tree, transform(tx.init)(tree), tree)
+    expected, _ = transform(tx.update)(leaf, tx.init(leaf), leaf)
+    assert_same(updates, nested(expected, node))
+    assert_same(transform(gx.apply_updates)(tree, updates), nested(gx.apply_updates(leaf, expected), node))
+
+
+@every_node
+def test_a_mask_reaches_a_leaf_a_thousand_nodes_deep(node, name, key, deep_recursion):
+    tree = node([nested(jnp.ones(2), node, 998), jnp.ones(2)])
+    path = "/".join([key, "0", *[key] * 998])
+    for mask in (path, node([nested(True, node, 998), False]), lambda where, leaf: where == path):
+        updates, _ = walk(gx.add_decoupled_weight_decay(0.5, mask), tree, repeated(zeros_like(tree)), steps=1)
+        assert_same(jax.tree.leaves(updates), [0.5 * jnp.ones(2), jnp.zeros(2)])
+
+
+@every_node
+def test_an_error_names_a_leaf_a_thousand_nodes_deep(node, name, key, deep_recursion):
+    tree, tx = nested(jnp.ones(2), node), gx.adam(0.1)
+    with pytest.raises(ValueError, match=re.escape(f"updates{name * 1000} has shape (3,), params{name * 1000} has")):
+        tx.update(nested(jnp.ones(3), node), tx.init(tree), tree)
+    with pytest.raises(ValueError, match=re.escape(f"updates{name * 1000} is missing")):
+        tx.update(nested(jnp.ones(2), node, 999), tx.init(tree), tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "transform"), [("adamw", lambda call: call), ("sgd", jax.jit)], ids=["eager", "compiled"]
+)
+def test_a_tree_may_have_three_thousand_leaves(name, transform):
+    # of a larger optimizer than SGD this many small leaves keep XLA busy for minutes
+    tx, vector = OPTIMIZERS[name], np.linspace(-1, 1, 3000, dtype=np.float32)
+    tree = {f"layer {i}": x.reshape((1,) * (i % 3)) for i, x in enumerate(vector)}
+    updates, _ = transform(tx.update)(tree, tx.init(tree), tree)
+    expected, _ = tx.update(vector, tx.init(vector), vector)
+    np.testing.assert_array_equal([updates[key].item() for key in tree], expected)
+
+
+# Calls that fail
+
+
+def fail(*arguments: Any) -> Any:
+    raise ValueError("not today")
+
+
+def crooked(update: Any, state: Any, param: Any, step: Any) -> Any:
+    return update.sum(), state
+
+
+PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+FAILING = {
+    "schedule": gx.adam(lambda step: fail(step) if isinstance(step, Tracer) else 0.1),
+    "rule": gx.chain(gx.momentum(0.1), gx.lift(gx.no_slots, crooked)),
+    "foreign": gx.chain(gx.momentum(0.1), (lambda params: (), fail), gx.momentum(0.1)),
+}
+BAD = {
+    "shape": PARAMS | {"b": jnp.ones(4)},
+    "complex": PARAMS | {"b": jnp.ones(3, complex)},
+    "whole numbers": PARAMS | {"b": jnp.ones(3, int)},
+    "missing": {"w": PARAMS["w"]},
+}
+
+
+def tracers() -> list[Any]:
+    """Those alive now, which other tests may have left."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tracer)]
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_a_failed_call_changes_nothing(name):
+    tx = gx.chain(gx.clip_by_global_norm(1.0), WITH_STATE[name])
+    _, state = walk(tx, PARAMS, repeated(PARAMS))
+    before, expected = jax.tree.map(np.array, state), tx.update(PARAMS, state, PARAMS)
+    compiled = jax.jit(tx.update, donate_argnums=1)
+    for bad in BAD.values():
+        for update in (tx.update, compiled):
+            with pytest.raises((TypeError, ValueError), match="'b'"):
+                update(bad, state, PARAMS)
+    assert_same(jax.tree.map(jnp.asarray, before), state)
+    assert_same(tx.update(PARAMS, state, PARAMS), expected)
+    assert compiled(PARAMS, state, PARAMS)[1].count == 4
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_a_failed_compiled_call_leaks_no_tracer(name):
+    tx = gx.chain(gx.clip_by_global_norm(1.0), WITH_STATE[name])
+    state, before = tx.init(PARAMS), tracers()
+    with jax.checking_leaks():
+        for bad in BAD.values():
+            with pytest.raises((TypeError, ValueError), match="'b'"):
+                jax.jit(tx.update)(bad, state, PARAMS)
+        jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+    assert len(tracers()) == len(before)
+
+
+@pytest.mark.parametrize("tx", FAILING.values(), ids=FAILING)
+def test_code_of_the_user_that_fails_leaks_no_tracer(tx):
+    state, before = tx.init(PARAMS), tracers()
+    with jax.checking_leaks(), pytest.raises(ValueError, match=r"not today|crooked turned"):
+        jax.jit(tx.update)(PARAMS, state, PARAMS)
+    assert len(tracers()) == len(before)
