@@ -65,7 +65,7 @@ def round_to(x: Array, dtype: Any, bits: Array | None = None) -> Array:
         grid = jax.lax.bitcast_convert_type(raised & kept, np.float32)
     if info.minexp > own.minexp:  # below the normal numbers the grid is even
         steps = x / float(info.smallest_subnormal)
-        steps = jnp.round(steps) if bits is None else jnp.floor(steps + unit(bits))
+        steps = jnp.round(steps) if bits is None else up_or_down(steps, bits)
         even = steps * float(info.smallest_subnormal)
         grid = jnp.where(jnp.abs(x) < float(info.smallest_normal), even, grid)
     return jnp.where(jnp.isfinite(x) & (x != 0), grid, x)
@@ -76,7 +76,7 @@ def half_step(x: Array, dtype: Any) -> Array:
     info, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
     exponent = jax.lax.bitcast_convert_type(x, np.uint32) & np.uint32(0x7F800000)
     power = jax.lax.bitcast_convert_type(exponent, np.float32)
-    halves = power * 2.0 ** -(info.nmant + 1)
+    halves = jnp.where(jnp.isfinite(x), power * 2.0 ** -(info.nmant + 1), 0)
     smallest = float(info.smallest_subnormal) / 2
     return jnp.maximum(halves, smallest) if info.minexp > own.minexp else halves
 
@@ -84,6 +84,12 @@ def half_step(x: Array, dtype: Any) -> Array:
 def unit(bits: Array) -> Array:
     """Uniform in [0, 1)."""
     return (bits >> np.uint32(8)).astype(np.float32) * 2.0**-24
+
+
+def up_or_down(x: Array, bits: Array) -> Array:
+    """A whole number next to `x`, at random, so that the mean is `x`; whole numbers stay."""
+    below = jnp.floor(x)
+    return jnp.where(unit(bits) < x - below, below + 1, below)
 
 
 def mix(x: Any) -> Any:

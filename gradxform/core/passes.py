@@ -15,7 +15,7 @@ from gradxform import numerics
 from gradxform.core import rules as one_array
 from gradxform.core import trees
 from gradxform.core.arguments import visible_dtype
-from gradxform.core.body import Call, Report
+from gradxform.core.body import Alone, Call, Report
 from gradxform.core.compiled import gathered, on_leaf, owned_slots, prepared, slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, masked, widened
 from gradxform.core.masks import Mask
@@ -38,6 +38,11 @@ class ForeignSegment:
 
     stage: Foreign
     field: str
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it must get the parameters' dtypes; our own bodies round no earlier than they return."""
+        return isinstance(self.stage.body, Alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +119,10 @@ def initial_fields(segment: Segment, selection: Selection, leaves: list[Any], st
 def run_foreign(
     segment: ForeignSegment, state: Any, leaves: Leaves, selection: Selection, call: Call
 ) -> tuple[Leaves, Any, Report]:
-    """One foreign stage: it sees whole trees in the parameters' dtypes, with holes where it does not act."""
+    """One stage that is no rule: it sees whole trees, with holes where it does not act."""
     body, acts = segment.stage.body, selection.seen_by(segment.stage)
-    rounded = leaves.rounded()
-    updates = masked(acts, rounded, leaves.structure.flatten_up_to(rounded), leaves.structure)
+    given = leaves.rounded() if segment.rounds else leaves.structure.unflatten(leaves.updates)
+    updates = masked(acts, given, leaves.structure.flatten_up_to(given), leaves.structure)
     params = leaves.whole_params
     if params is not None:
         params = masked(acts, params, leaves.params, leaves.structure)

@@ -149,7 +149,7 @@ class Program(Body):
             if isinstance(segment, ForeignSegment):
                 leaves, fields[segment.field], report = passes.run_foreign(segment, state, leaves, selection, call)
             else:
-                rounded = not isinstance(following, Segment)
+                rounded = following is None or (isinstance(following, ForeignSegment) and following.rounds)
                 leaves, new, report = passes.run_rules(segment, state, leaves, selection, values, call, rounded)
                 fields |= new
             reports += report.items()

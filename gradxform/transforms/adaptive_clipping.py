@@ -130,13 +130,13 @@ def clip_by_average_norm(
 ) -> Transformation:
     """uᵢ ← uᵢ·min(1, c·γᵢ/‖uᵢ‖),  γᵢ ← β·γᵢ + (1 − β)·‖uᵢ‖ for every leaf i: AdaGC.
 
-    In the first ``warmup`` − 1 steps u is clipped by its global norm, and γᵢ is the least norm of the leaf so far,
-    zeros left out. Norms that are not finite do not enter γ.
+    In the first ``warmup`` − 1 steps, and where a leaf was zero so far, u is clipped by its global norm, and γᵢ is the
+    least norm of the leaf, zeros left out. Norms that are not finite do not enter γ.
 
     Args:
       max_ratio: c > 0, how much longer than usual a leaf may be.
       decay: β in [0, 1).
-      warmup: Number of the first step whose bound is the leaf's own, at least 1; the first step never is.
+      warmup: Number of the first step whose bound is the leaf's own, at least 1; a leaf's first gradient never is.
       max_norm: The bound of the global norm before that, positive.
       eps: The least γ that counts, ≥ 0.
       axis_name: See `clip_by_global_norm`.
@@ -229,7 +229,7 @@ def _gather_average(measured: Any, step: Step) -> dict[str, Array]:
 
 def _clip_to_average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     average = state["norm"]
-    warming = (step.number < step.warmup) | (step.number == 1)
+    warming = (step.number < step.warmup) | (average == 0)
     own = factor_to(step.norm, step.max_ratio * jnp.maximum(average, step.eps))
     shrink = jnp.where(warming, step.factor, own)
     clipped = shrink * step.norm

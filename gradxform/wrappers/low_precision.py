@@ -18,10 +18,10 @@ import numpy as np
 import optax
 
 from gradxform.core import trees
-from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform.core.body import Alone, Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.leaves import HOLE, Leaves, column, trained_leaves, widened
 from gradxform.core.state import check_state_type, get_hyperparams
-from gradxform.numerics import Array, cast, half_step, next_seed, random_bits, round_to, seed_for, unit
+from gradxform.numerics import Array, cast, half_step, next_seed, random_bits, round_to, seed_for, up_or_down
 
 
 class LowPrecisionState(NamedTuple):
@@ -171,6 +171,10 @@ class _LowPrecision(Wrapper):
     def split(self, value: Array, dtype: Any, bits: Array) -> tuple[Array, Any]:
         """The number of `dtype` chosen for `value`, but widened, and its residual."""
 
+    def unmoved(self, residual: Any, new: Any) -> Any:
+        """The residual where the value did not change."""
+        return new
+
     # The same for trees
 
     def init(self, params: Any) -> LowPrecisionState:
@@ -192,18 +196,19 @@ class _LowPrecision(Wrapper):
         structure = leaves.structure
         narrow = self._narrow(leaves.params, params, updates)
         residuals = self._residuals(state, leaves, narrow)
+        bare = dataclasses.replace(self, tx=_NOTHING)
         wide = [
-            _whole(self, trees.dtype_of(param), param, residual) if is_narrow else param
+            _whole(bare, trees.dtype_of(param), param, residual) if is_narrow else param
             for param, residual, is_narrow in zip(leaves.params, residuals, narrow, strict=True)
         ]
         stepped, inner, report = self.tx.step(updates, state.inner, structure.unflatten(wide), call)
         steps = structure.flatten_up_to(stepped)
         new = [
-            _landed(self, trees.dtype_of(param), param, value, step, state.seed, np.uint32(place))
+            _landed(bare, trees.dtype_of(param), param, residual, value, step, state.seed, np.uint32(place))
             if is_narrow
             else (step, HOLE)
-            for place, (param, value, step, is_narrow) in enumerate(
-                zip(leaves.params, wide, steps, narrow, strict=True)
+            for place, (param, residual, value, step, is_narrow) in enumerate(
+                zip(leaves.params, residuals, wide, steps, narrow, strict=True)
             )
         ]
         new_updates, new_residuals = (structure.unflatten([pair[i] for pair in new]) for i in (0, 1))
@@ -211,10 +216,11 @@ class _LowPrecision(Wrapper):
 
     def _narrow(self, leaves: list[Any], params: Any, updates: Any) -> list[bool]:
         """Which leaves are low-precision numbers and not frozen."""
-        low = [trees.dtype_of(leaf).itemsize < 4 for leaf in leaves]
-        if leaves and not any(low):
+        trained = trained_leaves(self.tx, params, updates)
+        narrow = [act and trees.dtype_of(leaf).itemsize < 4 for leaf, act in zip(leaves, trained, strict=True)]
+        if any(trained) and not any(narrow):
             raise ValueError(f"{self.name} has nothing to do: no parameter is float16 or bfloat16; {_PROMOTED}")
-        return [one and trained for one, trained in zip(low, trained_leaves(self.tx, params, updates), strict=True)]
+        return narrow
 
     def _residuals(self, state: LowPrecisionState, leaves: Leaves, narrow: list[bool]) -> list[Any]:
         """The residual of each leaf, after checking that the state is for these parameters."""
@@ -238,6 +244,10 @@ _PROMOTED = (
 )
 
 
+_NOTHING = Alone(optax.identity())
+"""In place of the wrapped transformation, which does not decide how an array is rounded."""
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _whole(form: _LowPrecision, dtype: Any, param: Any, residual: Any) -> Array:
     with jax.numpy_dtype_promotion("standard"):
@@ -246,16 +256,17 @@ def _whole(form: _LowPrecision, dtype: Any, param: Any, residual: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _landed(
-    form: _LowPrecision, dtype: Any, param: Any, value: Any, update: Any, seed: Any, place: Any
+    form: _LowPrecision, dtype: Any, param: Any, residual: Any, value: Any, update: Any, seed: Any, place: Any
 ) -> tuple[Array, Any]:
     """The difference to the number chosen, and the new residual."""
     with jax.numpy_dtype_promotion("standard"):
-        value = value + update
+        param, new = cast(param, jnp.float32), value + update
         bits = random_bits(seed_for(seed, place), value.shape)
-        target, residual = form.split(value, dtype, bits)
-        difference = target - cast(param, jnp.float32)
+        target, kept = form.split(new, dtype, bits)
+        stays = new == value
         # where nothing changes −0, which leaves a parameter of −0 as it is
-        return jnp.where(difference == 0, -0.0, difference), HOLE if residual is None else residual
+        difference = jnp.where(stays | (target == param), -0.0, target - param)
+        return difference, HOLE if kept is None else jnp.where(stays, form.unmoved(residual, kept), kept)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -314,7 +325,9 @@ class Compensated(_LowPrecision):
 
     def whole(self, param: Array, residual: Any, dtype: Any) -> Array:
         if self.residual == "bfloat16":
-            return param + cast(residual, jnp.float32)
+            rest = cast(residual, jnp.float32)
+            # more than half a step is left from before the parameter was set from outside
+            return param + jnp.where(jnp.abs(rest) <= half_step(param, dtype), rest, 0)
         return param + residual.astype(jnp.float32) * (half_step(param, dtype) / self._parts)
 
     def split(self, value: Array, dtype: Any, bits: Array) -> tuple[Array, Any]:
@@ -324,8 +337,11 @@ class Compensated(_LowPrecision):
             return target, cast(round_to(rest, jnp.bfloat16, bits), jnp.bfloat16)
         step = half_step(target, dtype)
         parts = jnp.where(step > 0, rest / jnp.where(step > 0, step, 1), 0) * self._parts
-        parts = jnp.clip(jnp.floor(parts + unit(bits)), -self._parts, self._parts)
+        parts = jnp.clip(up_or_down(parts, bits), -self._parts, self._parts)
         return target, parts.astype(self.residual_dtype)
+
+    def unmoved(self, residual: Any, new: Any) -> Any:
+        return residual  # to encode again what was decoded would let a resting value drift
 
 
 _RESIDUALS = ("bfloat16", "int8", "int16")
