@@ -190,7 +190,9 @@ def _saturated(size: Array, largest: Array) -> Array:
 
 def factor_to(size: Array, limit: Any) -> Array:
     """What brings `size` down to `limit`: min(1, limit/size), NaN where the size is not finite."""
-    bounded = jnp.where(size > limit, limit / jnp.where(size > limit, size, 1), 1)
+    # not less than the smallest normal number, which would be flushed to zero
+    ratio = jnp.maximum(limit / jnp.where(size > limit, size, 1), smallest_normal(size.dtype))
+    bounded = jnp.where(size > limit, ratio, 1)
     return jnp.where(jnp.isfinite(size), bounded, jnp.nan)
 
 

@@ -475,6 +475,8 @@ def rule(
         "unbound axis name: model",
     ),
     axis_half=(lambda: gx.clip_by_param_norm(axis=0.5), TypeError, "axis & 0.5"),
+    axis_too_large=(lambda: step(gx.clip_by_param_norm(axis=2)), ValueError, "axis (2,) & clip_by_param_norm & (2, 3)"),
+    axis_of_all=(lambda: step(gx.clip_by_param_norm(axis=(-2, 1))), ValueError, "axis (-2, 1) & (2, 3) & mask="),
     axis_bool=(lambda: gx.clip_by_param_norm(axis=(0, True)), TypeError, "axis & True"),
     warmup_zero=(lambda: gx.clip_by_zscore(warmup=0), ValueError, "warmup & at least 1 & 0"),
     warmup_half=(lambda: gx.clip_by_average_norm(warmup=1.5), TypeError, "warmup & whole number & 1.5"),

@@ -673,3 +673,12 @@ def test_what_follows_a_change_is_measured_anew():
     assert measured(twice)[0] == 8
     updates, _ = twice.update(jnp.asarray([30.0, 40.0]), twice.init(jnp.zeros(2)))
     np.testing.assert_allclose(updates, [0.6, 0.8], rtol=6e-7)  # twice a norm, a quotient and a product
+
+
+@pytest.mark.parametrize("clip", [gx.clip_by_global_norm, gx.clip_by_leaf_norm])
+def test_a_huge_finite_gradient_is_not_clipped_to_nothing(clip):
+    grads = jnp.full(4, 1e38)
+    updates, _ = clip(1.0).update(grads, clip(1.0).init(grads))
+    # 1/2e38 would be flushed to zero; the smallest normal number in its place is too large by 2.4
+    assert (updates > 0).all()
+    assert np.linalg.norm(updates) < 4

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 import gradxform as gx
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("mesh")  # one worker, one script
 CHECKS = {}
 
 

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 import gradxform as gx
 
 ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("mesh of guards")  # one worker, one script
 AXES = ("x", "y")
 SPECS = {"rows": P("x"), "both": P("x", "y"), "same": P()}
 SHAPES = {"rows": (8, 6), "both": (4, 2), "same": (5,)}

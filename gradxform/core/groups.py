@@ -39,7 +39,8 @@ def by_path(
 
         A pattern is a regular expression for the whole path, a string or compiled; `glob` makes one of wildcards.
       default: What the leaves get that no pattern matches; None if there must be none.
-      joint_norm: Whether groups that clip by a norm over all leaves share one norm; False for one per group.
+      joint_norm: Whether groups that clip by a norm over all leaves share one norm; False for one per group. The
+        norms of other libraries' transformations are always their group's own.
 
     Returns:
       A transformation with one state; hyperparameters of a group show as ``<pattern>/learning_rate``.

@@ -80,7 +80,8 @@ def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **na
     Args:
       state: Any optimizer state: ours, nested in wrappers, or inside foreign chains.
       values: Name to number or 0-d array, for names that are no Python identifiers.
-      **named: The same as keywords. A bare name sets every hyperparameter of that name.
+      **named: The same as keywords. A bare name sets every hyperparameter of that name; those of a group of
+        `by_path` are named ``<pattern>/learning_rate``.
 
     Raises:
       KeyError: if the state has no such hyperparameter; the message lists those it has.

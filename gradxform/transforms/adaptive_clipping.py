@@ -186,7 +186,13 @@ def _clip_units(update: Array, state: Slots, param: Array | None, step: Step) ->
     assert param is not None
     axes = None
     if update.ndim > 1:
+        if not all(-update.ndim <= axis < update.ndim for axis in step.axis):
+            raise ValueError(f"axis {step.axis} of clip_by_param_norm is no axis of a leaf of shape {update.shape}")
         units = {axis % update.ndim for axis in step.axis}
+        if len(units) == update.ndim:
+            raise ValueError(
+                f"axis {step.axis} of clip_by_param_norm leaves no axis of {update.shape} to sum over; leave it out with mask="
+            )
         axes = tuple(axis for axis in range(update.ndim) if axis not in units)
     limit = step.max_ratio * jnp.maximum(norm(param, axes), step.eps)
     return update * factor_to(norm(update, axes), limit), state

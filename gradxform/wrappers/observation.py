@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -125,11 +126,12 @@ class Observe(Wrapper):
 
         gradient = norms(updates)
         new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
-        measured = _metrics(
-            {name: np.asarray(chosen) for name, chosen in self._parts(params, leaves.structure, acts).items()},
-            gradient, norms(new_updates), norms(params),
-        )  # fmt: skip
-        metrics = {name: jnp.asarray(value, visible_dtype()) for name, value in sorted((measured | report).items())}
+        parts = self._parts(params, leaves.structure, acts)
+        places = tuple(tuple(np.flatnonzero(chosen).tolist()) for chosen in parts.values())
+        values = _metrics(places, visible_dtype(), gradient, norms(new_updates), norms(params))
+        names = [name for part in parts for name in _names(part)]
+        told = {name: jnp.asarray(value, visible_dtype()) for name, value in report.items()}
+        metrics = dict(sorted((dict(zip(names, values, strict=True)) | told).items()))
         return new_updates, ObserveState(metrics, inner), report
 
     def _parts(self, params: Any, structure: Any, acts: list[bool]) -> dict[str, list[bool]]:
@@ -155,14 +157,20 @@ def _names(part: str) -> list[str]:
     return [f"{name}/{part}" if part else name for name in _MEASURED]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _metrics(
-    parts: Mapping[str, np.ndarray], gradient: jax.Array, update: jax.Array, param: jax.Array
-) -> dict[str, jax.Array]:
-    """The metrics of every part, from the norms of all leaves."""
-    metrics: dict[str, jax.Array] = {}
-    for part, chosen in parts.items():
-        grads, steps, weights = (total(norms[chosen]) for norms in (gradient, update, param))
-        ratio = jnp.where(weights > 0, steps / jnp.where(weights > 0, weights, 1), 0)
-        nonfinite = jnp.sum(~jnp.isfinite(gradient[chosen]), dtype=jnp.float32)
-        metrics |= zip(_names(part), (grads, steps, weights, ratio, nonfinite), strict=True)
-    return metrics
+    parts: tuple[tuple[int, ...], ...], dtype: Any, gradient: jax.Array, update: jax.Array, param: jax.Array
+) -> list[jax.Array]:
+    """The metrics of every part, given by its places among the leaves, from the norms of all leaves."""
+    alone = [part[0] for part in parts if len(part) == 1]
+    together = [np.asarray(part, np.int32) for part in parts if len(part) != 1]
+    order = np.argsort([i for one in (False, True) for i, part in enumerate(parts) if (len(part) == 1) == one])
+
+    def of_parts(norms: jax.Array, over: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        several = [over(norms[some]).astype(dtype)[None] for some in together]
+        return jnp.concatenate([*several, norms[np.asarray(alone, np.int32)].astype(dtype)])[order]
+
+    grads, steps, weights = (of_parts(norms, total) for norms in (gradient, update, param))
+    ratios = jnp.where(weights > 0, steps / jnp.where(weights > 0, weights, 1), 0)
+    nonfinite = of_parts((~jnp.isfinite(gradient)).astype(dtype), jnp.sum)
+    return list(jnp.stack([grads, steps, weights, ratios, nonfinite], axis=1).ravel())

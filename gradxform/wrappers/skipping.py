@@ -100,7 +100,7 @@ def skip_spikes(
 
     A step whose global norm or loss lies far above those of the last steps changes no bit of parameters and state.
     Skipped values enter the statistics, so that a lasting change of level becomes the new level; values that are
-    not finite are skipped and do not. The first ``window // 2`` steps are all taken if they are finite.
+    not finite are skipped and do not. The first ``window // 2 - 1`` steps, but at least 2, are taken if finite.
 
     Args:
       tx: Any transformation.
