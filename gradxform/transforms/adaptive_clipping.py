@@ -191,7 +191,8 @@ def _clip_units(update: Array, state: Slots, param: Array | None, step: Step) ->
         units = {axis % update.ndim for axis in step.axis}
         if len(units) == update.ndim:
             raise ValueError(
-                f"axis {step.axis} of clip_by_param_norm leaves no axis of {update.shape} to sum over; leave it out with mask="
+                f"axis {step.axis} of clip_by_param_norm leaves no axis of {update.shape} to sum over; "
+                "leave such a leaf out with mask="
             )
         axes = tuple(axis for axis in range(update.ndim) if axis not in units)
     limit = step.max_ratio * jnp.maximum(norm(param, axes), step.eps)
