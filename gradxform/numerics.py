@@ -120,7 +120,7 @@ def next_seed(seed: Array) -> Array:
 
 def seed_for(seed: Array, place: Any) -> Array:
     """The seed of one of the arrays that are rounded together."""
-    return mix(mix(seed) + jnp.asarray(place, np.uint32))
+    return mix(mix(next_seed(seed)) + jnp.asarray(place, np.uint32))
 
 
 def no_update(x: Array) -> Array:
