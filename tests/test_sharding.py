@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +21,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradxform as gx
+from tests.eight_devices import outcomes_of, report
 
-ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("mesh")  # one worker, one script
 CHECKS = {}
 
@@ -292,20 +287,7 @@ def a_scan_in_a_shard_map_over_the_parameters_is_one_device():
 @pytest.fixture(scope="session")
 def outcomes():
     """How each check went: None, or its traceback."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__],
-        env=environment, capture_output=True, encoding="utf-8", timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return dict(map(json.loads, done.stdout.splitlines()))
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -314,16 +296,5 @@ def test_on_eight_devices(name, outcomes):
         pytest.fail(outcomes[name], pytrace=False)
 
 
-def main():
-    assert jax.device_count() == 8
-    for name, run in CHECKS.items():
-        outcome = None
-        try:
-            run()
-        except Exception:
-            outcome = traceback.format_exc()
-        print(json.dumps([name, outcome]))
-
-
 if __name__ == "__main__":
-    main()
+    report(CHECKS)

@@ -7,13 +7,7 @@ it went.
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
-import pathlib
-import subprocess
-import sys
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradxform as gx
+from tests.eight_devices import outcomes_of, report
 
-ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("mesh of guards")  # one worker, one script
 AXES = ("x", "y")
 SPECS = {"rows": P("x"), "both": P("x", "y"), "same": P()}
@@ -320,20 +314,7 @@ def _():
 @pytest.fixture(scope="session")
 def outcomes():
     """How each check went: None, or its traceback."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__],
-        env=environment, capture_output=True, encoding="utf-8", timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return dict(map(json.loads, done.stdout.splitlines()))
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -342,16 +323,5 @@ def test_on_a_mesh(name, outcomes):
         pytest.fail(outcomes[name], pytrace=False)
 
 
-def main():
-    assert jax.device_count() == 8
-    for name, run in CHECKS.items():
-        outcome = None
-        try:
-            run()
-        except Exception:
-            outcome = traceback.format_exc()
-        print(json.dumps([name, outcome]))
-
-
 if __name__ == "__main__":
-    main()
+    report(CHECKS)
