@@ -46,6 +46,7 @@ from gradxform.wrappers.skipping import skip_spikes as skip_spikes
 
 # Composition, and what a training loop needs
 from gradxform.core.apply import apply_updates as apply_updates
+from gradxform.core.apply import step as step
 from gradxform.core.describe import Description as Description
 from gradxform.core.describe import LeafDescription as LeafDescription
 from gradxform.core.describe import describe as describe

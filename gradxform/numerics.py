@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -172,15 +173,72 @@ def norm(x: Array, axes: tuple[int, ...] | None = None) -> Array:
     What exceeds the largest float counts as it.
     """
     x = jnp.abs(x) if jnp.iscomplexobj(x) else x
-    half = jnp.finfo(x.dtype).maxexp // 2
     kept = axes is not None
     largest = jnp.max(jnp.abs(x), axes, initial=0.0, keepdims=kept)
+    scale = _scale_for(largest)
+    return _saturated(jnp.sqrt(jnp.sum(jnp.square(x * scale), axes, keepdims=kept)) / scale, largest)
+
+
+def joint_norms(groups: Sequence[Sequence[Array]]) -> Array:
+    """‖x‖₂ of each group of arrays of one shape, as if they were one array; see `norm`.
+
+    In one pass over all that is not out of the ordinary. What is, is seen in the sums of squares: then they are taken
+    again of numbers scaled up or down, so what is tiny beside the largest group may count as 0.
+    """
+    alone = {i: _one_norm(group[0]) for i, group in enumerate(groups) if len(group) == 1}
+    several = {i: group for i, group in enumerate(groups) if len(group) > 1}
+    together = dict(zip(several, _scaled_norms(list(several.values())), strict=True)) if several else {}
+    return jnp.stack([(alone | together)[i] for i in range(len(groups))])
+
+
+def _one_norm(x: Array) -> Array:
+    squares = jnp.sum(abs_squared(x))
+    info = jnp.finfo(squares.dtype)
+    usual = (squares > 2.0 ** (info.minexp // 2)) & (squares < float(info.max))
+    return jax.lax.cond(usual, lambda: jnp.sqrt(squares), lambda: norm(x))
+
+
+def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
+    """The norm of each group, with one power of two for all, by which everything is multiplied before it is squared."""
+    info = jnp.finfo(groups[0][0].dtype)
+    half = info.maxexp // 2
+    lowest, highest = 2.0 ** (info.minexp // 4), 2.0 ** (half - 4)
+
+    def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        number, scale, _ = carry
+        squares = jnp.stack([sum(_sum_of_squares(run, scale) for run in _runs(group)) for group in groups])
+        sizes = jnp.sqrt(squares) / scale
+        sizes = jnp.where(jnp.isfinite(squares), jnp.minimum(sizes, float(info.max)), sizes)
+        return number + 1, jnp.where(jnp.max(sizes) < 1, 2.0 ** (half - 1), 2.0 ** (-5 * half // 4)), sizes
+
+    def unusual(carry: tuple[Array, Array, Array]) -> Array:
+        number, _, sizes = carry
+        largest = jnp.max(sizes)
+        return (number == 0) | ((number == 1) & ~((largest > lowest) & (largest < highest)))
+
+    # a number of the arrays, so that inside shard_map what is carried varies as they do; adding it to 1 changes nothing
+    nothing = functools.reduce(jnp.add, [jnp.where(False, group[0].real.ravel()[0], 0) for group in groups])
+    start = (jnp.zeros((), np.int32), 1 + nothing, jnp.zeros(len(groups), info.dtype) + nothing)
+    return jax.lax.while_loop(unusual, attempt, start)[2]
+
+
+def _runs(group: Sequence[Array]) -> list[Sequence[Array]]:
+    """As many arrays as are well added up element by element before their sum is taken: each sum is a kernel."""
+    return [group[i : i + 32] for i in range(0, len(group), 32)]
+
+
+@jax.jit
+def _sum_of_squares(arrays: Sequence[Array], scale: Array) -> Array:
+    return jnp.sum(functools.reduce(jnp.add, [abs_squared(x * scale) for x in arrays]))
+
+
+def _scale_for(largest: Array) -> Array:
+    """A power of two by which a number of this size may be squared."""
+    half = jnp.finfo(largest.dtype).maxexp // 2
     # the square of `up` is finite: XLA may pull it out of the sum of a constant x, and 0·∞ is NaN
     up, down = 2.0 ** (half - 1), 2.0 ** (-5 * half // 4)
-    scale = jnp.where(largest > 2.0 ** (half - 4), down, jnp.where(largest < 2.0 ** (4 - half), up, 1.0)).astype(
-        x.dtype
-    )
-    return _saturated(jnp.sqrt(jnp.sum(jnp.square(x * scale), axes, keepdims=kept)) / scale, largest)
+    scale = jnp.where(largest > 2.0 ** (half - 4), down, jnp.where(largest < 2.0 ** (4 - half), up, 1.0))
+    return scale.astype(largest.dtype)
 
 
 def _saturated(size: Array, largest: Array) -> Array:

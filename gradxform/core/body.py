@@ -5,17 +5,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import optax
 
 from gradxform.core.hyperparameters import Hyperparameter
-from gradxform.core.trees import dtype_of, spread
-from gradxform.numerics import cast
-
-Report: TypeAlias = dict[str, jax.Array]
-"""What a step tells besides its result: scalars by name, such as ``clipped``."""
+from gradxform.core.leaves import Leaves
+from gradxform.core.rules import Report as Report
+from gradxform.core.trees import dtype_of, spread, unless
+from gradxform.numerics import cast, no_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +61,16 @@ class Body(abc.ABC):
     def update(self, updates: Any, state: Any, params: Any, extra_args: Mapping[str, Any]) -> tuple[Any, Any]:
         updates, state, _ = self.step(updates, state, params, Call(extra_args))
         return updates, state
+
+    def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
+        """The same where `taken`, None or a 0-d boolean; else no update and the state as it was."""
+        new_updates, new_state, report = self.step(updates, state, params, call)
+        return unless(taken, jax.tree.map(no_update, new_updates), new_updates), unless(taken, state, new_state), report
+
+    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
+        """The same with the new parameters in place of the updates."""
+        new_updates, new_state, report = self.guarded(updates, state, params, call, taken)
+        return Leaves.of(new_updates, params).landed(), new_state, report
 
     @abc.abstractmethod
     def frozen(self, params: Any) -> list[bool]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +16,65 @@ import optax
 from gradxform import numerics
 from gradxform.core import rules as one_array
 from gradxform.core import trees
-from gradxform.core.body import Report
-from gradxform.core.rules import Measure, Rule, Scalars
+from gradxform.core.rules import Measure, Report, Rule, Scalars
+
+How: TypeAlias = Literal["wide", "round", "land"]
+"""What a pass gives: updates in the dtype of the arithmetic, in the parameters', or the new parameters."""
 
 
 @functools.lru_cache(maxsize=4096)
 def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-    """``leaf_update(final, dtype, scalars, own, update, slots, param, place)``: rules on one leaf.
+    """``leaf_update(how, final, dtype, scalars, own, update, slots, param, place, taken)``: rules on one leaf.
 
-    `own` are the numbers of the leaf that the first rule measured.
+    `own` are the numbers of the leaf that the first rule measured. Where `taken` is False nothing changes.
     """
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def leaf_update(final, dtype, scalars, own, update, slots, param, place):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def leaf_update(how, final, dtype, scalars, own, update, slots, param, place, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
             scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
             structure = _slot_structure(rules)
             state = structure.unflatten([_widened(slot, dtype) for slot in slots])
-            param = None if param is None else numerics.cast(param, dtype)
-            new_update, new_state = one_array.run(rules, scalars, numerics.cast(update, dtype), state, param)
+            wide = None if param is None else numerics.cast(param, dtype)
+            keep = _Keeper(scalars.seed, place, taken)
+            new_update, new_state = one_array.run(rules, scalars, numerics.cast(update, dtype), state, wide, keep)
             new_slots = structure.flatten_up_to(new_state)
-            return numerics.cast(new_update, final), tuple(
-                _stored(new, trees.dtype_of(old), scalars.seed, place, index)
-                for index, (new, old) in enumerate(zip(new_slots, slots, strict=True))
+            result = _moved(dtype, param, new_update, taken) if how == "land" else _update(new_update, final, taken)
+            return result, tuple(
+                numerics.cast(new, trees.dtype_of(old)) for new, old in zip(new_slots, slots, strict=True)
             )
 
     return leaf_update
 
 
-def _stored(new: jax.Array, dtype: np.dtype[Any], seed: Any, place: Any, index: int) -> jax.Array:
-    """A moment as the state keeps it: below float32 rounded stochastically, for to nearest small changes are lost."""
-    if place is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-        bits = numerics.random_bits(numerics.seed_for(numerics.seed_for(seed, place), index), new.shape)
-        new = numerics.round_to(new, dtype, bits)
-    return numerics.cast(new, dtype)
+def _update(update: jax.Array, dtype: np.dtype[Any], taken: Any) -> jax.Array:
+    update = numerics.cast(update, dtype)
+    return update if taken is None else jnp.where(taken, update, numerics.no_update(update))
+
+
+def _moved(dtype: Any, param: Any, update: Any, taken: Any) -> jax.Array:
+    """θ + u, rounded once, from the precision of the arithmetic."""
+    new = numerics.cast(numerics.cast(param, dtype) + numerics.cast(update, dtype), trees.dtype_of(param))
+    return new if taken is None else jnp.where(taken, new, param)
+
+
+landed = jax.jit(_moved, static_argnums=0)
+
+
+class _Keeper:
+    """What the state keeps of the moments of one leaf."""
+
+    def __init__(self, seed: Any, place: Any, taken: Any) -> None:
+        self._seed, self._place, self._taken = seed, place, taken
+        self._number = itertools.count()
+
+    def __call__(self, rule: Rule, new: jax.Array, old: jax.Array) -> jax.Array:
+        """Below float32 rounded stochastically, for to nearest small changes are lost; the old where none is taken."""
+        index, dtype = next(self._number), rule.state_dtype
+        if self._place is not None and dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            bits = numerics.random_bits(numerics.seed_for(numerics.seed_for(self._seed, self._place), index), new.shape)
+            new = numerics.round_to(new, dtype, bits)
+        return new if self._taken is None else jnp.where(self._taken, new, old)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -76,6 +102,20 @@ def measured(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]:
             return measure.of(numerics.cast(update, dtype))
 
     return leaf_measure
+
+
+@functools.lru_cache(maxsize=256)
+def measured_jointly(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]:
+    """``joint_measure(dtype, groups)``: the numbers of groups of leaves, stacked."""
+    assert measure.joint is not None
+    joint = measure.joint
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def joint_measure(dtype, groups):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            return joint([[numerics.cast(update, dtype) for update in group] for group in groups])
+
+    return joint_measure
 
 
 @functools.lru_cache(maxsize=4096)

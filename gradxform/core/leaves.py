@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ import optax
 
 from gradxform import numerics
 from gradxform.core import trees
-from gradxform.core.body import Body, Call
-from gradxform.core.compiled import cast, measured, stacked
+from gradxform.core.compiled import cast, landed, measured, measured_jointly, stacked
 from gradxform.core.rules import Measure
+
+if TYPE_CHECKING:
+    from gradxform.core.body import Body, Call
 
 HOLE = optax.MaskedNode()
 """What a tree has in place of a leaf that is left out: no leaf of JAX's."""
@@ -71,8 +73,10 @@ class Leaves:
 
     def measured(
         self, measure: Measure, acts: Iterable[bool], call: Call, name: str, axis_name: tuple[str, ...] | None
-    ) -> tuple[list[Mapping[str, jax.Array]], dict[str, jax.Array]]:
+    ) -> tuple[list[Mapping[str, jax.Array]], Mapping[str, jax.Array]]:
         """The numbers of `measure` of every leaf that is acted on, one by one, and stacked; {} if there is none.
+
+        A joint measure takes small leaves of one kind together, and has no numbers of single leaves.
 
         Args:
           measure: What to measure; once per array and `call`, whoever asks.
@@ -81,34 +85,82 @@ class Leaves:
           name: Who asks, for messages.
           axis_name: Axes of the mesh over which the leaves are sharded; see `clip_by_global_norm`.
         """
-        numbers: list[Mapping[str, jax.Array]] = []
-        axes: list[tuple[str, ...]] = []
-        for index, (act, leaf, dtype) in enumerate(zip(acts, self.updates, self.arithmetic, strict=True)):
-            if act:
-                axes.append(trees.sharded_over(leaf, axis_name, name, self.structure, index))
-                key = (measure, id(leaf), dtype)
-                if key not in call.measured:  # the leaf is kept beside, so that no other gets its id
-                    call.measured[key] = (measured(measure)(dtype, leaf), leaf)
-                numbers.append(call.measured[key][0])
-        if not numbers:
+        indices = [index for index, act in enumerate(acts) if act]
+        if not indices:
             return [], {}
-        if not any(axes):
-            return numbers, stacked(numbers)
-        assert measure.across is not None
-        order = [i for some in dict.fromkeys(axes) for i, own in enumerate(axes) if own == some]
-        parts: list[Mapping[str, jax.Array]] = []
-        for some in dict.fromkeys(axes):
-            together = stacked([one for one, own in zip(numbers, axes, strict=True) if own == some])
-            parts.append(measure.across(together, some) if some else together)
-        back = np.argsort(order)
-        with jax.numpy_dtype_promotion("standard"):
-            whole = {key: jnp.concatenate([part[key] for part in parts])[back] for key in parts[0]}
-        return [{key: value[i] for key, value in whole.items()} for i in range(len(numbers))], whole
+        axes = [trees.sharded_over(self.updates[i], axis_name, name, self.structure, i) for i in indices]
+        if measure.joint is None:
+            numbers = [self._measured_one(measure, i, call) for i in indices]
+            parts = {over: [i for i, own in enumerate(axes) if own == over] for over in dict.fromkeys(axes)}
+            wholes = [_whole(measure, stacked([numbers[i] for i in some]), over) for over, some in parts.items()]
+            if len(wholes) == 1 and not axes[0]:
+                return numbers, wholes[0]
+            back = np.argsort([i for some in parts.values() for i in some])
+            whole = {key: value[back] for key, value in _joined(wholes).items()}
+            return [{key: value[i] for key, value in whole.items()} for i in range(len(numbers))], whole
+        kinds: dict[Any, list[int]] = {}
+        for index, over in zip(indices, axes, strict=True):
+            kinds.setdefault((over, self.arithmetic[index]), []).append(index)
+        return [], _joined(
+            [_whole(measure, self._measured_all(measure, i, call), over) for (over, _), i in kinds.items()]
+        )
+
+    def _measured_one(self, measure: Measure, index: int, call: Call) -> Mapping[str, jax.Array]:
+        """The numbers of one leaf."""
+        leaf, dtype = self.updates[index], self.arithmetic[index]
+        key = (measure.of, dtype, id(leaf))
+        if key not in call.measured:  # the leaf is kept beside, so that no other gets its id
+            call.measured[key] = (measured(measure)(dtype, leaf), leaf)
+        return call.measured[key][0]
+
+    def _measured_all(self, measure: Measure, indices: list[int], call: Call) -> Mapping[str, jax.Array]:
+        """The numbers of groups that make up leaves of one dtype, stacked; of the leaves if they are known."""
+        leaves, dtype = [self.updates[i] for i in indices], self.arithmetic[indices[0]]
+        if all((measure.of, dtype, id(leaf)) in call.measured for leaf in leaves):
+            return stacked([self._measured_one(measure, i, call) for i in indices])
+        key = (measure.joint, dtype, *map(id, leaves))
+        if key not in call.measured:
+            call.measured[key] = (measured_jointly(measure)(dtype, alike(leaves)), leaves)
+        return call.measured[key][0]
+
+    def landed(self) -> Any:
+        """The parameters after the updates, in their own dtypes."""
+        triples = zip(self.arithmetic, self.params, self.updates, strict=True)
+        return self.structure.unflatten([landed(dtype, param, update, None) for dtype, param, update in triples])
 
     def rounded(self) -> Any:
         """The whole tree of updates, in the parameters' dtypes."""
         pairs = zip(self.updates, self.final, strict=True)
         return self.structure.unflatten([u if trees.strong(u, dtype) else cast(u, dtype) for u, dtype in pairs])
+
+
+_SMALL = 1 << 16
+"""Elements of a leaf of which several are measured as one; beyond, that is slower than one by one."""
+
+
+def alike(leaves: Sequence[Any]) -> list[list[Any]]:
+    """Small leaves of one shape, dtype and sharding together, large ones alone."""
+    groups: dict[Any, list[Any]] = {}
+    for index, leaf in enumerate(leaves):
+        mesh = getattr(leaf, "sharding", None) if trees.concrete(leaf) else trees.varying_over(leaf)
+        groups.setdefault(index if np.size(leaf) > _SMALL else (trees.aval(leaf), mesh), []).append(leaf)
+    return list(groups.values())
+
+
+def _whole(measure: Measure, numbers: Mapping[str, jax.Array], axes: tuple[str, ...]) -> Mapping[str, jax.Array]:
+    """From the numbers of the shards over some axes of the mesh to those of the whole."""
+    if not axes:
+        return numbers
+    assert measure.across is not None
+    return measure.across(numbers, axes)
+
+
+def _joined(parts: list[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Stacked numbers one after the other."""
+    with jax.numpy_dtype_promotion("standard"):
+        return {
+            key: jnp.concatenate([part[key] for part in parts]) if len(parts) > 1 else parts[0][key] for key in parts[0]
+        }
 
 
 def column(name: str, tree: Any, structure: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from gradxform.core import rules as one_array
 from gradxform.core import trees
 from gradxform.core.arguments import visible_dtype
 from gradxform.core.body import Alone, Call, Report
-from gradxform.core.compiled import gathered, on_leaf, owned_slots, prepared, slot_avals
+from gradxform.core.compiled import How, gathered, landed, on_leaf, owned_slots, prepared, slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, masked, widened
 from gradxform.core.masks import Mask
 from gradxform.core.rules import NOTHING, Rule, Scalars
@@ -117,7 +117,7 @@ def initial_fields(segment: Segment, selection: Selection, leaves: list[Any], st
 
 
 def run_foreign(
-    segment: ForeignSegment, state: Any, leaves: Leaves, selection: Selection, call: Call
+    segment: ForeignSegment, state: Any, leaves: Leaves, selection: Selection, call: Call, taken: Any
 ) -> tuple[Leaves, Any, Report]:
     """One stage that is no rule: it sees whole trees, with holes where it does not act."""
     body, acts = segment.stage.body, selection.seen_by(segment.stage)
@@ -126,12 +126,15 @@ def run_foreign(
     params = leaves.whole_params
     if params is not None:
         params = masked(acts, params, leaves.params, leaves.structure)
-    new, new_state, report = body.step(updates, getattr(state, segment.field), params, call)
+    new, new_state, report = body.guarded(updates, getattr(state, segment.field), params, call, taken)
     new_leaves, structure = trees.flatten("updates", new)
     remedy = "every stage must keep the structure of its updates"
     trees.check_same_structure("updates", structure, "params", jax.tree.structure(updates), remedy)
     remaining = iter(new_leaves)
-    merged = [next(remaining) if act else old for act, old in zip(acts, leaves.updates, strict=True)]
+    merged = [
+        next(remaining) if act else _untouched("wide", None, old, None, taken)
+        for act, old in zip(acts, leaves.updates, strict=True)
+    ]
     final = list(leaves.final)
     for index, (act, one) in enumerate(zip(acts, merged, strict=True)):
         trees.check_update("updates", one, leaves.updates[index], leaves.structure, index)
@@ -147,9 +150,10 @@ def run_rules(
     selection: Selection,
     values: Mapping[str, Any],
     call: Call,
-    rounded: bool,
+    how: How,
+    taken: Any,
 ) -> tuple[Leaves, dict[str, Any], Report]:
-    """One pass over the leaves: every rule of the segment, one compiled call per leaf."""
+    """One pass over the leaves: every rule of the segment, one compiled call per leaf; see `on_leaf`."""
     rules = selection.rules_by_leaf(segment.rules)
     owned = _owned_by_leaf(segment, rules)
     slots = _slots_by_leaf(segment, rules, owned, state, leaves)
@@ -158,9 +162,11 @@ def run_rules(
     compiled = {id(some): on_leaf(some) for some in {id(some): some for some in rules}.values() if _acts(some)}
     places = _places(segment.rules, len(rules))
     results = [
-        compiled[id(some)](final if rounded else dtype, dtype, scalars[dtype], number, update, slot, param, place)
+        compiled[id(some)](
+            how, dtype if how == "wide" else final, dtype, scalars[dtype], number, update, slot, param, place, taken
+        )
         if id(some) in compiled
-        else (update, ())
+        else (_untouched(how, dtype, update, param, taken), ())
         for some, final, dtype, number, update, slot, param, place in zip(
             rules, leaves.final, leaves.arithmetic, own, leaves.updates, slots, leaves.params, places, strict=True
         )
@@ -176,6 +182,13 @@ def _check_whole(segment: Segment, rules: list[tuple[Rule, ...]], leaves: Leaves
             for index, (some, update) in enumerate(zip(rules, leaves.updates, strict=True)):
                 if some[place] is not NOTHING:
                     trees.check_whole(update, rule.name, leaves.structure, index)
+
+
+def _untouched(how: How, dtype: Any, update: Any, param: Any, taken: Any) -> Any:
+    """What becomes of a leaf on which no rule acts."""
+    if how == "land":
+        return landed(dtype, param, update, taken)
+    return update if taken is None else jnp.where(taken, update, numerics.no_update(jnp.asarray(update)))
 
 
 def _acts(rules: tuple[Rule, ...]) -> bool:
@@ -248,8 +261,9 @@ def _scalars(
     memory = {name: getattr(state, field) for (name, _), field in zip(first.memory, segment.memory, strict=True)}
     acts = [some[0] is not NOTHING for some in rules]
     numbers, stacked = leaves.measured(first.measure, acts, call, first.name, first.axis_name)
-    remaining = iter(numbers)
-    own = [next(remaining) if act else {} for act in acts]
+    if first.measure.joint is None:
+        remaining = iter(numbers)
+        own = [next(remaining) if act else {} for act in acts]
     if not stacked:
         nothing = {name: jnp.zeros((), np.float32) for name in first.reports}
         return scalars, own, dict(zip(segment.memory, memory.values(), strict=True)), nothing

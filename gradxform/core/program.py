@@ -22,6 +22,7 @@ from gradxform.core.passes import ForeignSegment, Segment, Selection
 from gradxform.core.rules import Rule
 from gradxform.core.stages import Foreign, Groups, Stage, expanded, hyperparameters_of, measures
 from gradxform.core.state import state_type, unique_names
+from gradxform.core.trees import unless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,22 @@ class Program(Body):
     # update
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        return self._run(updates, state, params, call, None, lands=False)
+
+    def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
+        if not self.segments:
+            return super().guarded(updates, state, params, call, taken)
+        return self._run(updates, state, params, call, taken, lands=False)
+
+    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
+        if not self.segments or isinstance(self.segments[-1], ForeignSegment):
+            return super().advance(updates, state, params, call, taken)
+        return self._run(updates, state, params, call, taken, lands=True)
+
+    def _run(
+        self, updates: Any, state: Any, params: Any, call: Call, taken: Any, lands: bool
+    ) -> tuple[Any, Any, Report]:
+        """The updates, or if it `lands` the new parameters, with the new state; as they were where none is `taken`."""
         leaves = Leaves.of(updates, params)
         self._check_state(state)
         selection = self.select(params, leaves.params, leaves.structure)
@@ -147,14 +164,20 @@ class Program(Body):
         reports: list[tuple[str, jax.Array]] = []
         for segment, following in itertools.zip_longest(self.segments, self.segments[1:]):
             if isinstance(segment, ForeignSegment):
-                leaves, fields[segment.field], report = passes.run_foreign(segment, state, leaves, selection, call)
+                ran = passes.run_foreign(segment, state, leaves, selection, call, taken)
+                leaves, fields[segment.field], report = ran
             else:
-                rounded = following is None or (isinstance(following, ForeignSegment) and following.rounds)
-                leaves, new, report = passes.run_rules(segment, state, leaves, selection, values, call, rounded)
-                fields |= new
+                rounds = following is None or (isinstance(following, ForeignSegment) and following.rounds)
+                how = "land" if lands and following is None else "round" if rounds else "wide"
+                ran = passes.run_rules(segment, state, leaves, selection, values, call, how, taken)
+                leaves, new, report = ran
+                old = {name: getattr(state, name) for name in segment.memory}
+                fields |= new | unless(taken, old, {name: new[name] for name in old})
             reports += report.items()
         visible = self._visible(values)
-        new_state = self.state_type(count=increment(state.count), hyperparams=visible, **fields)
+        told = {"count": increment(state.count), "hyperparams": visible}
+        told = unless(taken, {"count": state.count, "hyperparams": state.hyperparams}, told)
+        new_state = self.state_type(**told, **fields)
         return leaves.rounded(), new_state, dict(zip(self.reports, [value for _, value in reports], strict=True))
 
     def _values(self, count: Any, stored: Mapping[str, jax.Array]) -> dict[str, Any]:

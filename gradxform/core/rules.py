@@ -5,6 +5,7 @@ A rule reads its hyperparameters, options and branches from ``step``:
     step.number      1 at the first update, a scalar of the arithmetic's dtype
     step.decay       the current value of the argument `decay`
     step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
+    step.keep        ``mu = step.keep("mu", mu)``: what the state will hold of a new moment, to go on with
 
 together with whatever its own `prepare` and `gather` computed for this step.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -25,12 +26,19 @@ from gradxform.core.masks import Mask
 from gradxform.core.trees import is_complex
 
 Array: TypeAlias = jax.Array
+Report: TypeAlias = dict[str, Array]
+"""What a step tells besides its result: scalars by name, such as ``clipped``."""
 Slots: TypeAlias = dict[str, Any]
 """The state of one rule for one array, by name: ``{"mu": m}``; a branch's state stands under the branch's name."""
 
 
 class Step(types.SimpleNamespace):
-    """What is the same for every leaf in one step: the step number, hyperparameters and prepared scalars."""
+    """What is the same for every leaf in one step: the step number, hyperparameters and prepared scalars.
+
+    A rule may pass a new moment through ``step.keep(name, value)`` before it makes the update of it. What comes back is
+    what the state will hold: rounded where the state is kept in a narrower dtype, the old one where a guard skips the
+    step. Then the moment is written once and read back; otherwise XLA keeps a copy of the old one to compute with.
+    """
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"step has no {name!r}; it has {', '.join(sorted(vars(self)))}")
@@ -76,6 +84,9 @@ class Measure:
     of: Callable[[Array], Mapping[str, Array]]
     across: Callable[[Mapping[str, Array], tuple[str, ...]], Mapping[str, Array]] | None = None
     """From a mesh's shards, the numbers stacked over leaves and the axes they are sharded over, to the whole."""
+    joint: Callable[[Sequence[Sequence[Array]]], Mapping[str, Array]] | None = None
+    """Of groups of arrays of one shape and dtype, the numbers of each group, stacked: then `gather` sees groups in
+    place of leaves, and no leaf its own numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,20 +222,40 @@ def prepare(rules: tuple[Rule, ...], scalars: Scalars) -> tuple[dict[str, Any], 
     return tuple(map(one, rules))
 
 
+Keep: TypeAlias = Callable[[Rule, Array, Array], Array]
+"""``keep(rule, new, old)``: what the state holds of a new moment, in the dtype of the arithmetic."""
+
+
 def run(
-    rules: tuple[Rule, ...], scalars: Scalars, update: Array, state: tuple[Slots, ...], param: Array | None
+    rules: tuple[Rule, ...],
+    scalars: Scalars,
+    update: Array,
+    state: tuple[Slots, ...],
+    param: Array | None,
+    keep: Keep = lambda rule, new, old: new,
 ) -> tuple[Array, tuple[Slots, ...]]:
-    """Apply `rules` to one array, one after the other."""
-    new_state = []
+    """Apply `rules` to one array, one after the other; every moment goes through `keep` once."""
+    new_state: list[Slots] = []
     for rule, prepared, slots in zip(rules, scalars.prepared, state, strict=True):
-        new_update, new_slots = rule.update(update, slots, param, step_of(rule, scalars, prepared))
+        kept: dict[str, Array] = {}
+
+        def stored(name: str, new: Array, rule: Rule = rule, slots: Slots = slots, kept: Any = kept) -> Array:
+            if name not in slots:
+                raise ValueError(f"{rule.name} keeps {name!r}, its init made {sorted(slots)}")
+            _check_kept(rule, f"the state {name}", slots[name], new)
+            kept[name] = keep(rule, new, slots[name])
+            return kept[name]
+
+        step = step_of(rule, scalars, prepared, keep=keep)
+        step.keep = stored
+        new_update, new_slots = rule.update(update, slots, param, step)
         _check_kept(rule, "an update", update, new_update)
         if new_slots.keys() != slots.keys():
             raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
-        for name in slots.keys() - dict(rule.branches).keys():
-            _check_kept(rule, f"the state {name}", slots[name], new_slots[name])
+        own = [name for name in slots if name not in dict(rule.branches)]
+        rest = {name: stored(name, new_slots[name]) for name in own if new_slots[name] is not kept.get(name)}
         update = new_update
-        new_state.append(new_slots)
+        new_state.append({**new_slots, **rest})
     return update, tuple(new_state)
 
 
@@ -237,7 +268,11 @@ def _check_kept(rule: Rule, what: str, old: Array, new: Array) -> None:
 
 
 def step_of(
-    rule: Rule, scalars: Scalars, prepared: Mapping[str, Any] | None = None, memory: Mapping[str, Array] | None = None
+    rule: Rule,
+    scalars: Scalars,
+    prepared: Mapping[str, Any] | None = None,
+    memory: Mapping[str, Array] | None = None,
+    keep: Keep = lambda rule, new, old: new,
 ) -> Step:
     """The step as `rule` sees it."""
     prepared = {**(prepared or {}), **(memory or {})}
@@ -246,15 +281,15 @@ def step_of(
         if isinstance(value, Dynamic):
             return scalars.dynamic[value.name]
         if isinstance(value, Branch):
-            return _branch(value.rules, dataclasses.replace(scalars, prepared=prepared.pop(key, ())))
+            return _branch(value.rules, dataclasses.replace(scalars, prepared=prepared.pop(key, ())), keep)
         return value
 
     arguments = {key: resolve(key, value) for key, value in rule.arguments}
     return Step(number=scalars.number, **arguments, **prepared)
 
 
-def _branch(rules: tuple[Rule, ...], scalars: Scalars) -> Callable[..., tuple[Array, tuple[Slots, ...]]]:
-    return lambda update, state, param: run(rules, scalars, update, state, param)
+def _branch(rules: tuple[Rule, ...], scalars: Scalars, keep: Keep) -> Callable[..., tuple[Array, tuple[Slots, ...]]]:
+    return lambda update, state, param: run(rules, scalars, update, state, param, keep)
 
 
 def _init_rule(rule: Rule, param: Any) -> Slots:

@@ -43,6 +43,11 @@ def spread(state: Any, params: Any) -> Any:
     return jax.tree.map(one, state)
 
 
+def unless(taken: Any, old: Any, new: Any) -> Any:
+    """`new`, but `old` where `taken` is False; None takes it in any case."""
+    return new if taken is None else jax.tree.map(lambda one, other: jnp.where(taken, one, other), new, old)
+
+
 def aval(leaf: Any) -> Aval:
     """Shape and dtype of a leaf as JAX will see it; dtype None if it is no array or number."""
     if isinstance(leaf, jax.Array):

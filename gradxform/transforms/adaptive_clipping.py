@@ -12,7 +12,7 @@ from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, Option, fraction, non_negative, positive
 from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
-from gradxform.core.norms import LEAF_NORMS
+from gradxform.core.norms import GLOBAL_NORM, LEAF_NORMS
 from gradxform.core.rules import Array, Slots, Step, no_slots
 from gradxform.numerics import factor_to, lerp, norm
 
@@ -106,7 +106,7 @@ def clip_by_zscore(
         no_slots,
         _rescale,
         constructor=clip_by_zscore,
-        measure=LEAF_NORMS,
+        measure=GLOBAL_NORM,
         gather=_gather_zscore,
         memory={"norm_mean": 0.0, "norm_variance": 0.0, "norm_count": 0.0},
         reports=("clipped",),

@@ -11,7 +11,7 @@ from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, positive
 from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
-from gradxform.core.norms import LEAF_NORMS
+from gradxform.core.norms import GLOBAL_NORM
 from gradxform.core.rules import Array, Slots, Step, no_slots
 from gradxform.numerics import factor_to, norm
 
@@ -88,7 +88,7 @@ def clip_by_global_norm(
         no_slots,
         _rescale,
         constructor=clip_by_global_norm,
-        measure=LEAF_NORMS,
+        measure=GLOBAL_NORM,
         gather=_gather,
         reports=("clipped",),
         axis_name=axis_name,

@@ -90,12 +90,12 @@ def _zeros(param: Array) -> Slots:
 
 
 def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    mu = lerp(state["mu"], update, 1 - step.decay)
+    mu = step.keep("mu", lerp(state["mu"], update, 1 - step.decay))
     return _ahead(mu, update, 1 - step.decay, step) if step.nesterov else mu * step.now, {"mu": mu}
 
 
 def _heavy_ball(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    mu = step.decay * state["mu"] + step.weight * update
+    mu = step.keep("mu", step.decay * state["mu"] + step.weight * update)
     return _ahead(mu, update, 1.0, step) if step.nesterov else mu, {"mu": mu}
 
 

@@ -156,10 +156,10 @@ def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step)
     bounded = clamp(update, largest_square(update.dtype))
     squares = abs_squared(bounded) + zero_if_finite(update)
     direction, of = step.of(bounded, state["of"], param)
-    nu = lerp(state["nu"] + step.start, squares, 1 - step.decay)
+    nu = step.keep("nu", lerp(state["nu"] + step.start, squares, 1 - step.decay))
     if not step.centered:
         return _quotient(direction, nu * step.factor, step), {"nu": nu, "of": of}
-    mu = lerp(state["mu"], bounded, 1 - step.decay)
+    mu = step.keep("mu", lerp(state["mu"], bounded, 1 - step.decay))
     variance = jnp.maximum(nu * step.factor - abs_squared(mu * step.factor), 0)
     return _quotient(direction, variance, step), {"nu": nu, "mu": mu, "of": of}
 
@@ -168,7 +168,7 @@ def _divide_by_rss(update: Array, state: Slots, param: Array | None, step: Step)
     bounded = clamp(update, largest_square(update.dtype) / _STEPS_ROOT)
     squares = abs_squared(bounded) + zero_if_finite(update)
     direction, of = step.of(bounded, state["of"], param)
-    nu = state["nu"] + step.start + squares
+    nu = step.keep("nu", state["nu"] + step.start + squares)
     return _quotient(direction, nu, step), {"nu": nu, "of": of}
 
 

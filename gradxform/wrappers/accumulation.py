@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ class AccumulateState(NamedTuple):
     dropped: jax.Array
     """Gradients left out since `init` because they were not finite, int32."""
     mean: Any
-    """The mean so far, a tree like the parameters, in at least float32."""
+    """The mean so far, or that of the last step, a tree like the parameters, in at least float32."""
     inner: Any
     """The state of the accumulated transformation."""
 
@@ -97,6 +97,32 @@ class Accumulate(Wrapper):
         return AccumulateState(pending, kept, dropped, mean, self.tx.init(params))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        leaves, seen, gradient = self._gathered(updates, state, params, call)
+        dtypes = leaves.arithmetic if self.lands else leaves.final
+
+        def due(_: Any, seen: AccumulateState) -> tuple[Any, Any, Report]:
+            stepped, inner, report = self.tx.step(gradient(seen), seen.inner, params, Call(call.extra_args))
+            given = [cast(one, dtype) for one, dtype in zip(jax.tree.leaves(stepped), dtypes, strict=True)]
+            return leaves.structure.unflatten(given), inner, report
+
+        like = leaves.updates if params is None else leaves.params
+        nothing = [no_update(jnp.zeros_like(one, dtype=dtype)) for one, dtype in zip(like, dtypes, strict=True)]
+        return self._when_due(due, leaves.structure.unflatten(nothing), seen)
+
+    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
+        if taken is not None:
+            return super().advance(updates, state, params, call, taken)
+        _, seen, gradient = self._gathered(updates, state, params, call)
+
+        def due(params: Any, seen: AccumulateState) -> tuple[Any, Any, Report]:
+            return self.tx.advance(gradient(seen), seen.inner, params, Call(call.extra_args))
+
+        return self._when_due(due, params, seen)
+
+    def _gathered(
+        self, updates: Any, state: Any, params: Any, call: Call
+    ) -> tuple[Leaves, AccumulateState, Callable[[AccumulateState], Any]]:
+        """The leaves, the state with this gradient in it, and the gradient for the inner transformation."""
         check_state_type("accumulate", state, AccumulateState)
         if params is None and self.needs_params:
             raise ValueError("accumulate goes around what needs the parameters: call update(updates, state, params)")
@@ -112,31 +138,31 @@ class Accumulate(Wrapper):
             pending=state.pending + 1, kept=state.kept + kept, dropped=state.dropped + (1 - kept), mean=after.mean
         )
 
-        def step() -> tuple[Any, AccumulateState, Report]:
-            means = leaves.structure.flatten_up_to(rounded if params is None else after.mean)
-            gradient = [
+        def gradient(seen: AccumulateState) -> Any:
+            means = leaves.structure.flatten_up_to(rounded if params is None else seen.mean)
+            given = [
                 jnp.where(seen.kept > 0, mean, cast(raw, mean.dtype)) if act else raw
                 for act, mean, raw in zip(acts, means, leaves.updates, strict=True)
             ]
-            stepped, inner, report = self.tx.step(
-                leaves.structure.unflatten(gradient), state.inner, params, Call(call.extra_args)
-            )
-            zeros = optax.tree.zeros_like
-            reset = AccumulateState(zeros(seen.pending), zeros(seen.kept), seen.dropped, zeros(seen.mean), inner)
-            given = [cast(one, dtype) for one, dtype in zip(jax.tree.leaves(stepped), dtypes, strict=True)]
-            return leaves.structure.unflatten(given), reset, report
+            return leaves.structure.unflatten(given)
 
-        def wait() -> tuple[Any, AccumulateState, Report]:
-            like = leaves.updates if params is None else leaves.params
-            nothing = [no_update(jnp.zeros_like(one, dtype=dtype)) for one, dtype in zip(like, dtypes, strict=True)]
-            report = {name: jnp.zeros((), jnp.float32) for name in self.reports}
-            return leaves.structure.unflatten(nothing), seen, report
+        return leaves, seen, gradient
 
-        dtypes = leaves.arithmetic if self.lands else leaves.final
+    def _when_due(
+        self, step: Callable[[Any, AccumulateState], tuple[Any, Any, Report]], otherwise: Any, seen: AccumulateState
+    ) -> tuple[Any, AccumulateState, Report]:
+        """What `step` gives if this is the last gradient of the mean, else what there was."""
+
+        def stepped(before: Any, seen: AccumulateState) -> tuple[Any, AccumulateState, Report]:
+            result, inner, report = step(before, seen)
+            zero = jnp.zeros_like(seen.pending)
+            return result, seen._replace(pending=zero, kept=zero, inner=inner), report
+
+        waited = otherwise, seen, {name: jnp.zeros((), jnp.float32) for name in self.reports}
         due = seen.pending == self.every
         if concrete(due):
-            return step() if due else wait()
-        return jax.lax.cond(due, step, wait)
+            return stepped(otherwise, seen) if due else waited
+        return jax.lax.cond(due, lambda: stepped(otherwise, seen), lambda: waited)
 
 
 def _zeros(param: Array) -> Slots:
@@ -144,7 +170,9 @@ def _zeros(param: Array) -> Slots:
 
 
 def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    mean = jnp.where(step.finite > 0, lerp(state["mean"], update, 1 / step.number), state["mean"])
+    first = step.number == 1  # what the mean was before does not matter then, so nobody needs to reset it
+    mean = jnp.where(first, update, lerp(state["mean"], update, 1 / step.number))
+    mean = jnp.where(step.finite > 0, mean, state["mean"])
     return mean, {"mean": mean}
 
 

@@ -18,7 +18,7 @@ from gradxform.core.arguments import axes, visible_dtype
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.masks import Table, table_of
-from gradxform.core.norms import leaf_norms, total
+from gradxform.core.norms import bad_leaves, global_norm, leaf_norms, total
 from gradxform.core.state import check_state_type, get_hyperparams
 
 
@@ -121,14 +121,21 @@ class Observe(Wrapper):
         leaves = Leaves.of(updates, params)
         acts = trained_leaves(self.tx, params, updates)
 
+        whole = self.by is None and self.axis_name is None
+
         def norms(tree: Any) -> jax.Array:
-            return leaf_norms(Leaves.of(tree, params), acts, call, self.name, self.axis_name)
+            some = Leaves.of(tree, params)
+            if whole:
+                return global_norm(some, acts, call, self.name, None)[None]
+            return leaf_norms(some, acts, call, self.name, self.axis_name)
 
         gradient = norms(updates)
+        nonfinite = bad_leaves(leaves, acts, gradient[0])[None] if whole else ~jnp.isfinite(gradient)
         new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
         parts = self._parts(params, leaves.structure, acts)
-        places = tuple(tuple(np.flatnonzero(chosen).tolist()) for chosen in parts.values())
-        values = _metrics(places, visible_dtype(), gradient, norms(new_updates), norms(params))
+        chosen = [[True]] if whole else parts.values()
+        places = tuple(tuple(np.flatnonzero(some).tolist()) for some in chosen)
+        values = _metrics(places, visible_dtype(), gradient, nonfinite, norms(new_updates), norms(params))
         names = [name for part in parts for name in _names(part)]
         told = {name: jnp.asarray(value, visible_dtype()) for name, value in report.items()}
         metrics = dict(sorted((dict(zip(names, values, strict=True)) | told).items()))
@@ -159,9 +166,14 @@ def _names(part: str) -> list[str]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _metrics(
-    parts: tuple[tuple[int, ...], ...], dtype: Any, gradient: jax.Array, update: jax.Array, param: jax.Array
+    parts: tuple[tuple[int, ...], ...],
+    dtype: Any,
+    gradient: jax.Array,
+    nonfinite: jax.Array,
+    update: jax.Array,
+    param: jax.Array,
 ) -> list[jax.Array]:
-    """The metrics of every part, given by its places among the leaves, from the norms of all leaves."""
+    """The metrics of every part, given by its places among the norms."""
     alone = [part[0] for part in parts if len(part) == 1]
     together = [np.asarray(part, np.int32) for part in parts if len(part) != 1]
     order = np.argsort([i for one in (False, True) for i, part in enumerate(parts) if (len(part) == 1) == one])
@@ -172,5 +184,5 @@ def _metrics(
 
     grads, steps, weights = (of_parts(norms, total) for norms in (gradient, update, param))
     ratios = jnp.where(weights > 0, steps / jnp.where(weights > 0, weights, 1), 0)
-    nonfinite = of_parts((~jnp.isfinite(gradient)).astype(dtype), jnp.sum)
-    return list(jnp.stack([grads, steps, weights, ratios, nonfinite], axis=1).ravel())
+    bad = of_parts(nonfinite.astype(dtype), jnp.sum)
+    return list(jnp.stack([grads, steps, weights, ratios, bad], axis=1).ravel())

@@ -18,10 +18,10 @@ from gradxform.core.arguments import axes, count_of, number_in, positive_range
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.compiled import increment
 from gradxform.core.leaves import Leaves, trained_leaves
-from gradxform.core.norms import all_finite, leaf_norms, total
+from gradxform.core.norms import all_finite, global_norm
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.core.trees import aval, describe
-from gradxform.numerics import cast, no_update
+from gradxform.numerics import cast
 
 _LOG = logging.getLogger("gradxform")
 
@@ -167,20 +167,28 @@ class _Skip(Wrapper):
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, SkipState)
+        taken, after = self._decided(updates, state, params, call)
+        new_updates, inner, report = self.tx.guarded(updates, state.inner, params, call, taken)
+        return new_updates, after._replace(inner=inner), report
+
+    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
+        if taken is not None:
+            return super().advance(updates, state, params, call, taken)
+        check_state_type(self.name, state, SkipState)
+        taken, after = self._decided(updates, state, params, call)
+        new_params, inner, report = self.tx.advance(updates, state.inner, params, call, taken)
+        return new_params, after._replace(inner=inner), report
+
+    def _decided(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[jax.Array, SkipState]:
+        """Whether the step is taken, and the state with all but the inner one renewed."""
         leaves = Leaves.of(updates, params)
         good, recorded = self.judged(state, leaves, trained_leaves(self.tx, params, updates), call)
         gives_up = ~good & (state.skipped_in_a_row >= self.max_consecutive)
         taken = good | gives_up
-        new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
         _report(gives_up, state.skipped_in_a_row, name=self.name)
-        return (
-            jax.tree.map(lambda new: jnp.where(taken, new, no_update(new)), new_updates),
-            recorded._replace(
-                skipped=jnp.where(taken, state.skipped, increment(state.skipped)),
-                skipped_in_a_row=jnp.where(good, 0, increment(state.skipped_in_a_row)),
-                inner=jax.tree.map(lambda new, old: jnp.where(taken, new, old), inner, state.inner),
-            ),
-            report,
+        return taken, recorded._replace(
+            skipped=jnp.where(taken, state.skipped, increment(state.skipped)),
+            skipped_in_a_row=jnp.where(good, 0, increment(state.skipped_in_a_row)),
         )
 
 
@@ -207,7 +215,7 @@ class SkipSpikes(_Skip):
         return {"norms": norms, "losses": losses, "seen": jnp.zeros((), jnp.int32)}
 
     def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
-        latest = {"norms": total(leaf_norms(leaves, acts, call, self.name, self.axis_name))}
+        latest = {"norms": global_norm(leaves, acts, call, self.name, self.axis_name)}
         if self.watch != "norm":
             latest["losses"] = self._loss(call)
         watched = {name: cast(x, jnp.float32) for name, x in latest.items() if getattr(state, name) is not None}
