@@ -41,7 +41,8 @@ def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any
             new_slots = structure.flatten_up_to(new_state)
             result = _moved(dtype, param, new_update, taken) if how == "land" else _update(new_update, final, taken)
             return result, tuple(
-                numerics.cast(new, trees.dtype_of(old)) for new, old in zip(new_slots, slots, strict=True)
+                keep.narrow[id(new)][0] if id(new) in keep.narrow else numerics.cast(new, trees.dtype_of(old))
+                for new, old in zip(new_slots, slots, strict=True)
             )
 
     return leaf_update
@@ -67,13 +68,20 @@ class _Keeper:
     def __init__(self, seed: Any, place: Any, taken: Any) -> None:
         self._seed, self._place, self._taken = seed, place, taken
         self._number = itertools.count()
+        self.narrow: dict[int, tuple[jax.Array, jax.Array]] = {}
+        """What was rounded, by the id of what stands for it in the arithmetic, which is kept beside."""
 
     def __call__(self, rule: Rule, new: jax.Array, old: jax.Array) -> jax.Array:
         """Below float32 rounded stochastically, for to nearest small changes are lost; the old where none is taken."""
         index, dtype = next(self._number), rule.state_dtype
         if self._place is not None and dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-            bits = numerics.random_bits(numerics.seed_for(numerics.seed_for(self._seed, self._place), index), new.shape)
-            new = numerics.round_to(new, dtype, bits)
+            seed = numerics.seed_for(numerics.seed_for(self._seed, self._place), index)
+            narrow = numerics.rounded_at_random(new, dtype, seed)
+            if self._taken is not None:
+                narrow = jnp.where(self._taken, narrow, old.astype(dtype))
+            wide = narrow.astype(new.dtype)
+            self.narrow[id(wide)] = narrow, wide
+            return wide
         return new if self._taken is None else jnp.where(self._taken, new, old)
 
 
