@@ -24,19 +24,19 @@ How: TypeAlias = Literal["wide", "round", "land"]
 
 @functools.lru_cache(maxsize=4096)
 def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-    """``leaf_update(how, final, dtype, scalars, own, update, slots, param, place, taken)``: rules on one leaf.
+    """``leaf_update(how, final, dtype, scalars, own, update, slots, param, taken)``: rules on one leaf.
 
     `own` are the numbers of the leaf that the first rule measured. Where `taken` is False nothing changes.
     """
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def leaf_update(how, final, dtype, scalars, own, update, slots, param, place, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def leaf_update(how, final, dtype, scalars, own, update, slots, param, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
             scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
             structure = _slot_structure(rules)
             state = structure.unflatten([_widened(slot, dtype) for slot in slots])
             wide = None if param is None else numerics.cast(param, dtype)
-            keep = _Keeper(scalars.seed, place, taken)
+            keep = _Keeper(scalars.seed, taken)
             new_update, new_state = one_array.run(rules, scalars, numerics.cast(update, dtype), state, wide, keep)
             new_slots = structure.flatten_up_to(new_state)
             result = _moved(dtype, param, new_update, taken) if how == "land" else _update(new_update, final, taken)
@@ -65,8 +65,8 @@ landed = jax.jit(_moved, static_argnums=0)
 class _Keeper:
     """What the state keeps of the moments of one leaf."""
 
-    def __init__(self, seed: Any, place: Any, taken: Any) -> None:
-        self._seed, self._place, self._taken = seed, place, taken
+    def __init__(self, seed: Any, taken: Any) -> None:
+        self._seed, self._taken = seed, taken
         self._number = itertools.count()
         self.narrow: dict[int, tuple[jax.Array, jax.Array]] = {}
         """What was rounded, by the id of what stands for it in the arithmetic, which is kept beside."""
@@ -74,9 +74,9 @@ class _Keeper:
     def __call__(self, rule: Rule, new: jax.Array, old: jax.Array) -> jax.Array:
         """Below float32 rounded stochastically, for to nearest small changes are lost; the old where none is taken."""
         index, dtype = next(self._number), rule.state_dtype
-        if self._place is not None and dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-            seed = numerics.seed_for(numerics.seed_for(self._seed, self._place), index)
-            narrow = numerics.rounded_at_random(new, dtype, seed)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            # the same seed for every leaf: a number of its own would make every leaf a kernel of its own to compile
+            narrow = numerics.rounded_at_random(new, dtype, numerics.seed_for(self._seed, index))
             if self._taken is not None:
                 narrow = jnp.where(self._taken, narrow, old.astype(dtype))
             wide = narrow.astype(new.dtype)

@@ -160,15 +160,14 @@ def run_rules(
     _check_whole(segment, rules, leaves)
     scalars, own, memory, report = _scalars(segment, rules, state, values, leaves, call)
     compiled = {id(some): on_leaf(some) for some in {id(some): some for some in rules}.values() if _acts(some)}
-    places = _places(segment.rules, len(rules))
     results = [
         compiled[id(some)](
-            how, dtype if how == "wide" else final, dtype, scalars[dtype], number, update, slot, param, place, taken
+            how, dtype if how == "wide" else final, dtype, scalars[dtype], number, update, slot, param, taken
         )
         if id(some) in compiled
         else (_untouched(how, dtype, update, param, taken), ())
-        for some, final, dtype, number, update, slot, param, place in zip(
-            rules, leaves.final, leaves.arithmetic, own, leaves.updates, slots, leaves.params, places, strict=True
+        for some, final, dtype, number, update, slot, param in zip(
+            rules, leaves.final, leaves.arithmetic, own, leaves.updates, slots, leaves.params, strict=True
         )
     ]
     fields = _fields(segment, owned, [new for _, new in results], leaves.structure)
@@ -273,9 +272,3 @@ def _scalars(
     _, new, report = next(iter(results.values()))
     kept = (new[name] for name, _ in first.memory)
     return {d: some for d, (some, _, _) in results.items()}, own, dict(zip(segment.memory, kept, strict=True)), report
-
-
-def _places(rules: tuple[Rule, ...], leaves: int) -> Iterable[Any]:
-    """The number of each leaf, where states are rounded stochastically and must differ by it."""
-    low = any(rule.state_dtype is not None and rule.state_dtype.itemsize < 4 for r in rules for rule in r.walk())
-    return map(np.uint32, range(leaves)) if low else [None] * leaves
