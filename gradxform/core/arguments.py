@@ -1,4 +1,4 @@
-"""Arguments, checked by name: numbers and their ranges, flags, dtypes, counts, axes."""
+"""Arguments, checked by name: numbers and their ranges, flags, words, dtypes, counts, axes."""
 
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {_describe(value)}")
     return bool(value)
+
+
+def one_of(name: str, value: object, *choices: str) -> str:
+    """One of some words."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {_describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 def float_dtype(name: str, value: Any) -> np.dtype[Any] | None:
