@@ -99,6 +99,11 @@ class Table:
     def check(self, groups: frozenset[int], leaves: list[Any], structure: Any) -> None:
         """Raise if a leaf of these groups is not what the table says; where it says only paths, any leaf is."""
 
+    def order(self) -> list[int]:
+        """The default first: what a group shares with it has its name."""
+        groups = list(range(len(self.patterns)))
+        return [len(groups), *groups] if self.has_default else groups
+
     def names(self) -> list[str]:
         return [pattern.expression.pattern for pattern in self.patterns]
 

@@ -69,6 +69,10 @@ class MatrixTable(Table):
             if misfit := self.layouts[group].misfit(trees.aval(leaf)[0]):
                 raise ValueError(f"{self.who}: {path!r} {misfit}, or let other= take the leaf")
 
+    def order(self) -> list[int]:
+        """The matrices first: `other` has the numbered names."""
+        return sorted(super().order())
+
     def label(self, group: int) -> str:
         name = super().label(group)
         return f"{name} ({self.who}, {self.layouts[group].text})" if group < len(self.layouts) else name
