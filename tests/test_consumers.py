@@ -35,8 +35,10 @@ MASK = {"kernel": True, "bias": False}
 
 def _optimizers():
     for name, value in vars(gx).items():
-        if inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), None) == "learning_rate":
-            yield name, value
+        arguments = inspect.signature(value).parameters if inspect.isfunction(value) else {}
+        if next(iter(arguments), None) == "learning_rate":
+            on_matrices = {"matrices": ".*kernel", "other": gx.adam(1e-3)} if "matrices" in arguments else {}
+            yield name, functools.partial(value, **on_matrices)
 
 
 OPTIMIZERS = dict(_optimizers())

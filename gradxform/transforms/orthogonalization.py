@@ -189,7 +189,7 @@ def _product(x: Array, y: Array) -> Array:
 def _sum(*terms: tuple[Any, Array]) -> Array:
     """a·x + b·y + … in at least float32, rounded once."""
     wide = [a * x.astype(jnp.promote_types(x.dtype, np.float32)) for a, x in terms]
-    return sum(wide[1:], wide[0]).astype(terms[0][1].dtype)
+    return functools.reduce(jnp.add, wide).astype(terms[0][1].dtype)
 
 
 # Polynomials
