@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import optax
+
 from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, fraction
 from gradxform.core.lift import chain
@@ -19,7 +21,7 @@ from gradxform.transforms.weight_decay import add_decoupled_weight_decay
 def muon(
     learning_rate: Numeric,
     matrices: Matrices,
-    other: Transformation | None = None,
+    other: optax.GradientTransformation | None = None,
     *,
     beta: Numeric = 0.95,
     nesterov: bool = True,
@@ -86,7 +88,7 @@ def muon(
 def normuon(
     learning_rate: Numeric,
     matrices: Matrices,
-    other: Transformation | None = None,
+    other: optax.GradientTransformation | None = None,
     *,
     beta: Numeric = 0.95,
     beta2: Numeric = 0.95,

@@ -49,8 +49,8 @@ def orthogonalize(
         - ``"newton_schulz"``, Jordan's quintic, ends between 0.68 and 1.21 for singular values from 0.002 to 1 of
           the norm (after five steps);
         - ``"polar_express"``, the polynomials of least error, reaches 1 to the arithmetic's precision in eight steps;
-        - ``"gram"``, the same with products of the shorter side only, starting anew after two steps: fewer
-          operations where one side is 1.5 times the other or more, else it is done as ``"polar_express"`` is.
+        - ``"gram"``, the same with products of the shorter side only, starting anew after two steps and then
+          every three: fewer operations where one side is 1.5 times the other or more, else it is done as ``"polar_express"`` is.
       steps: k ≥ 1.
       coefficients: (a, b, c), or one triple for each step, of which the last is repeated; in place of the method's.
       scale: s by the name of its convention:
@@ -154,14 +154,14 @@ def _by_steps(x: Array, polynomials: Array) -> Array:
     return jax.lax.scan(one, x, polynomials)[0]
 
 
-_RESTART = 2
-"""After how many steps Gram's products start anew: the first ones amplify what was rounded off most."""
-
-
 def _by_gram(x: Array, polynomials: Array) -> Array:
-    """The same, as X ← Q·X after two steps and at the end: Q and X·Xᵀ are followed in between."""
+    """The same, as X ← Q·X after two steps and every three from then on: Q and X·Xᵀ are followed in between.
+
+    What was rounded off X·Xᵀ grows with it, from step to step, where X has no such singular value.
+    """
     last = len(polynomials)
-    parts = [(0, last)] if last <= _RESTART else [(0, _RESTART), (_RESTART, last)]
+    ends = [*range(2, last, 3), last]
+    parts = list(zip([0, *ends], ends, strict=False))
     eye = jnp.eye(len(x), dtype=x.dtype)
 
     def factor_of(square: Array, polynomial: Array) -> Array:
