@@ -49,8 +49,8 @@ def orthogonalize(
         - ``"newton_schulz"``, Jordan's quintic, ends between 0.68 and 1.21 for singular values from 0.002 to 1 of
           the norm (after five steps);
         - ``"polar_express"``, the polynomials of least error, reaches 1 to the arithmetic's precision in eight steps;
-        - ``"gram"``, the same with products of the shorter side only, starting anew after two steps and then
-          every three: fewer operations where one side is 1.5 times the other or more, else it is done as ``"polar_express"`` is.
+        - ``"gram"``, the same with products of the shorter side only, starting anew after two steps and then every
+          three: fewer operations where one side is 1.5 times the other or more, and not done elsewhere.
       steps: k ≥ 1.
       coefficients: (a, b, c), or one triple for each step, of which the last is repeated; in place of the method's.
       scale: s by the name of its convention:
