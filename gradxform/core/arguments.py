@@ -99,7 +99,8 @@ def axes(name: str, value: Any) -> tuple[str, ...] | None:
 def count_of(name: str, value: object) -> int:
     """A whole number of at least 1, such as ``every=``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+        hint = " (optax.inject_hyperparams: name it in static_args)" if isinstance(value, jax.Array) else ""
+        raise TypeError(f"{name} must be a whole number, got {value!r}{hint}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
