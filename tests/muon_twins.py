@@ -28,8 +28,8 @@ def scale_of(convention, rows, columns):
     return {
         None: 1.0,
         "jordan": np.sqrt(max(1.0, columns / rows)),  # Jordan et al. 2024
-        "adam_rms": 0.2 * np.sqrt(max(rows, columns)),  # Liu et al. 2025, arXiv 2502.16982, equation 4
-        "spectral": np.sqrt(columns / rows),  # Bernstein & Newhouse 2024, arXiv 2410.21265
+        "adam_rms": 0.2 * np.sqrt(max(rows, columns)),  # Liu et al. 2025, arXiv 2502.16982
+        "spectral": np.sqrt(columns / rows),  # Yang, Simon & Bernstein 2023, arXiv 2310.17813
     }[convention]
 
 

@@ -49,8 +49,8 @@ def orthogonalize(
         - ``"newton_schulz"``, Jordan's quintic, ends between 0.68 and 1.21 for singular values from 0.002 to 1 of
           the norm (after five steps);
         - ``"polar_express"``, the polynomials of least error, reaches 1 to the arithmetic's precision in eight steps;
-        - ``"gram"``, the same with products of the shorter side only, starting anew after two steps and then every
-          three: fewer operations where one side is 1.5 times the other or more, and not done elsewhere.
+        - ``"gram"``, the same with products of the shorter side only, starting anew after two steps, then after
+          every three; only where one side is 1.5 times the other or more, for elsewhere it takes more operations.
       steps: k ≥ 1.
       coefficients: (a, b, c), or one triple for each step, of which the last is repeated; in place of the method's.
       scale: s by the name of its convention:
@@ -70,7 +70,7 @@ def orthogonalize(
     References:
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Amsel et al. 2025,
       arXiv 2505.16932, algorithm 1, with a safety factor of 1.02; Gram Newton–Schulz, Dao AI Lab 2026; Liu et al.
-      2025, arXiv 2502.16982, equation 4 (adam_rms); Bernstein & Newhouse 2024, arXiv 2409.20325 (spectral).
+      2025, arXiv 2502.16982 (adam_rms); Yang, Simon & Bernstein 2023, arXiv 2310.17813 (spectral).
 
     Example:
       >>> import jax.numpy as jnp
