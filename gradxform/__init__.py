@@ -10,6 +10,8 @@ from gradxform.optimizers.adam import adam as adam
 from gradxform.optimizers.adam_l2 import adam_l2 as adam_l2
 from gradxform.optimizers.adamw import adamw as adamw
 from gradxform.optimizers.momentum import momentum as momentum
+from gradxform.optimizers.muon import muon as muon
+from gradxform.optimizers.muon import normuon as normuon
 from gradxform.optimizers.rmsprop import rmsprop as rmsprop
 from gradxform.optimizers.sgd import sgd as sgd
 
@@ -23,8 +25,10 @@ from gradxform.transforms.clipping import clip_by_leaf_norm as clip_by_leaf_norm
 from gradxform.transforms.clipping import clip_by_value as clip_by_value
 from gradxform.transforms.momentum import bias_correction as bias_correction
 from gradxform.transforms.momentum import scale_by_momentum as scale_by_momentum
+from gradxform.transforms.neuron_normalization import normalize_by_neuron as normalize_by_neuron
 from gradxform.transforms.normalization import normalize_by_rms as normalize_by_rms
 from gradxform.transforms.normalization import normalize_by_rss as normalize_by_rss
+from gradxform.transforms.orthogonalization import orthogonalize as orthogonalize
 from gradxform.transforms.scaling import scale as scale
 from gradxform.transforms.scaling import scale_by_learning_rate as scale_by_learning_rate
 from gradxform.transforms.scaling import scale_by_schedule as scale_by_schedule

@@ -195,6 +195,8 @@ FUNCTIONS = [
     gx.adam,
     gx.adamw,
     gx.adam_l2,
+    gx.muon,
+    gx.normuon,
     gx.scale_by_adam,
     gx.scale,
     gx.scale_by_learning_rate,
@@ -202,6 +204,8 @@ FUNCTIONS = [
     gx.bias_correction,
     gx.normalize_by_rms,
     gx.normalize_by_rss,
+    gx.normalize_by_neuron,
+    gx.orthogonalize,
     gx.clip_by_value,
     gx.clip_by_leaf_norm,
     gx.clip_by_global_norm,
@@ -212,8 +216,9 @@ FUNCTIONS = [
     gx.add_l2_regularization,
 ]
 FLAGS = {"nesterov", "debias", "centered", "eps_in_sqrt", "bias_correction"}
-DTYPES = {"state_dtype", "mu_dtype", "accumulator_dtype"}
+DTYPES = {"state_dtype", "mu_dtype", "accumulator_dtype", "dtype"}
 OTHERS = {"mask", "of", "axis_name", "axis", "warmup"}
+OF_MATRICES = {"matrices", "other", "layout", "method", "steps", "coefficients", "scale"}  # see test_muon.py
 MAY_BE_NONE = {
     (gx.sgd, "momentum"),
     (gx.rmsprop, "momentum"),
@@ -229,6 +234,8 @@ OUT_OF_RANGE = {
     "momentum": BELOW_ZERO + TOO_LARGE,
     "dampening": [*BELOW_ZERO, 1.5],
     "decay": BELOW_ZERO + TOO_LARGE,
+    "beta": BELOW_ZERO + TOO_LARGE,
+    "beta2": BELOW_ZERO + TOO_LARGE,
     "b1": BELOW_ZERO + TOO_LARGE,
     "b2": BELOW_ZERO + TOO_LARGE,
     "eps": BELOW_ZERO,
@@ -264,6 +271,7 @@ WRONG_VALUE = {
 
 def build(function: Callable[..., Any], name: str, value: Any) -> Any:
     required = {key: 0.1 for key, p in inspect.signature(function).parameters.items() if p.default is p.empty}
+    required |= {"matrices": {"w": "in out"}, "other": gx.sgd(0.1)} if "matrices" in required else {}
     needed = {"momentum": 0.9} if name in ("dampening", "nesterov", "accumulator_dtype") and function is gx.sgd else {}
     return function(**{**required, **needed, name: value})
 
@@ -275,7 +283,7 @@ def arguments(names: Callable[[str], bool]) -> Any:
 
 def test_every_argument_of_every_function_is_known_to_these_tables():
     named = {name for function in FUNCTIONS for name in inspect.signature(function).parameters}
-    assert named == OUT_OF_RANGE.keys() | FLAGS | DTYPES | OTHERS
+    assert named == OUT_OF_RANGE.keys() | FLAGS | DTYPES | OTHERS | OF_MATRICES
     public = [value for name, value in vars(gx).items() if inspect.isfunction(value) and not name.startswith("_")]
     taking_numbers = [f for f in public if OUT_OF_RANGE.keys() & inspect.signature(f).parameters.keys()]
     assert set(taking_numbers) == {*FUNCTIONS, gx.times, gx.skip_spikes}, "those two are in test_errors_of_wrappers.py"

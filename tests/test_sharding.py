@@ -40,7 +40,8 @@ EVERYWHERE = jax.tree.map(lambda _: P(), SPECS)
 OPTIMIZERS = {
     name: value
     for name, value in vars(gx).items()
-    if inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), None) == "learning_rate"
+    if inspect.isfunction(value) and (arguments := list(inspect.signature(value).parameters))[:1] == ["learning_rate"]
+    if "matrices" not in arguments  # which are whole
 }
 # this eps keeps Adam from making a whole step of the rounding errors of a gradient near zero
 CLIPPED_ADAMW = gx.chain(gx.clip_by_global_norm(0.1), gx.adamw(0.01, eps=1e-4))
@@ -227,6 +228,36 @@ def a_checkpoint_is_restored_onto_what_init_gives():
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(pathlib.Path(folder) / "state", template)
     jax.jit(CLIPPED_ADAMW.update)(params, restored, params)
+
+
+@check
+def matrices_on_a_mesh_are_orthogonalised_whole():
+    params = start() | {"experts": draw(4, 8, 6, 9) / 3}
+    specs = SPECS | {"experts": P("x", None, None)}
+    grads = jax.tree.map(jnp.cos, params)
+    layouts = {"rows|columns": "in out", "experts": "each in 3*out"}
+    for method in ("newton_schulz", "gram"):
+        tx = gx.normuon(0.01, layouts, gx.adamw(0.01), method=method)
+        expected = tx.update(grads, tx.init(params), params)
+        placed, placed_grads = place(params, specs), place(grads, specs)
+        actual = jax.jit(tx.update)(placed_grads, tx.init(placed), placed)
+        # five steps of sums of some 20 products, whose roundings each step may triple
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), actual[0], expected[0])
+        for name, spec in specs.items():
+            moment = actual[1].mu_2[name] if name == "bias" else actual[1].mu[name]
+            assert moment.sharding.is_equivalent_to(NamedSharding(mesh(), spec), moment.ndim), name
+
+
+@check
+def a_shard_of_a_matrix_is_refused_by_its_name():
+    params = {name: start()[name] for name in ("rows", "columns")}
+    tx = gx.muon(0.01, ".*")
+    step = jax.shard_map(
+        lambda params: tx.update(params, tx.init(params), params)[0],
+        mesh=mesh(), in_specs=P("x", None), out_specs=P("x", None),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"updates\['columns'\] varies over the mesh axis x, and orthogonalize needs"):
+        jax.jit(step)(params)
 
 
 # Work that is divided by hand

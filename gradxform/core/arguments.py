@@ -1,4 +1,4 @@
-"""Arguments, checked by name: numbers and their ranges, flags, dtypes, counts, axes."""
+"""Arguments, checked by name: numbers and their ranges, flags, words, dtypes, counts, axes."""
 
 from __future__ import annotations
 
@@ -48,6 +48,15 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def one_of(name: str, value: object, *choices: str) -> str:
+    """One of some words."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {_describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
 def float_dtype(name: str, value: Any) -> np.dtype[Any] | None:
     """A real floating-point dtype, or None for the default."""
     if value is None:
@@ -90,7 +99,8 @@ def axes(name: str, value: Any) -> tuple[str, ...] | None:
 def count_of(name: str, value: object) -> int:
     """A whole number of at least 1, such as ``every=``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+        hint = " (optax.inject_hyperparams: name it in static_args)" if isinstance(value, jax.Array) else ""
+        raise TypeError(f"{name} must be a whole number, got {value!r}{hint}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)

@@ -73,7 +73,7 @@ def by_path(
     table = table_of("by_path", groups, has_default=default is not None)
     base = () if default is None else _stages("default", default)
     members = [
-        _overridden(name, value, base, default) if isinstance(value, Mapping) else _own(name, value)
+        _overridden(name, value, base, default) if isinstance(value, Mapping) else own_group(name, value)
         for name, value in zip(table.names(), groups.values(), strict=True)
     ]
     if default is not None:
@@ -110,7 +110,7 @@ def _stay(update: Array, state: Slots, param: Array | None, step: Step) -> tuple
     return no_update(update), state
 
 
-def _own(name: str, value: Any) -> Group:
+def own_group(name: str, value: Any) -> Group:
     """A transformation of its own for the group; what it shows is led by the group's name."""
     stages = _stages(f"the group {name!r}", value)
     return Group(tuple(stage.shown_in(name) if isinstance(stage, Rule) else stage for stage in stages), value)

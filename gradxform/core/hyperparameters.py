@@ -162,9 +162,9 @@ Numeric: TypeAlias = float | jax.Array | np.ndarray | np.number | Schedule | Liv
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A whole number, or some, that is an option of a rule and no hyperparameter: axes, a number of steps."""
+    """A number, or some, that is an option of a rule and no hyperparameter: axes, a number of steps, polynomials."""
 
-    value: int | tuple[int, ...]
+    value: int | tuple[Any, ...]
 
 
 def ranged(value: Numeric, within: Range, name: str | None = None) -> Hyperparameter:

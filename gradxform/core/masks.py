@@ -85,17 +85,31 @@ class Table:
     """What the groups belong to, for messages."""
     patterns: tuple[Pattern, ...]
     has_default: bool
+    default: str = "default"
+    """What the group of the others is called, and the argument that gives it."""
 
     def __call__(self, structure: Any) -> tuple[int, ...]:
         """The group of each leaf; raises if a pattern matches no leaf, or a leaf has no group or two."""
         return _groups(self, structure)
+
+    def matches(self, path: str) -> list[int]:
+        """The patterns that claim a path."""
+        return [i for i, pattern in enumerate(self.patterns) if pattern.expression.fullmatch(path)]
+
+    def check(self, groups: frozenset[int], leaves: list[Any], structure: Any) -> None:
+        """Raise if a leaf of these groups is not what the table says; where it says only paths, any leaf is."""
+
+    def order(self) -> list[int]:
+        """The default first: what a group shares with it has its name."""
+        groups = list(range(len(self.patterns)))
+        return [len(groups), *groups] if self.has_default else groups
 
     def names(self) -> list[str]:
         return [pattern.expression.pattern for pattern in self.patterns]
 
     def label(self, group: int) -> str:
         """What the group is called."""
-        return (*self.names(), "default")[group]
+        return (*self.names(), self.default)[group]
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,14 +117,14 @@ def _groups(table: Table, structure: Any) -> tuple[int, ...]:
     paths = trees.paths(structure)
     groups = []
     for path in paths:
-        matches = [i for i, pattern in enumerate(table.patterns) if pattern.expression.fullmatch(path)]
+        matches = table.matches(path)
         if len(matches) > 1:
             both = " and ".join(repr(table.patterns[i]) for i in matches)
             raise ValueError(f"{table.who}: {both} both match {path!r}; make the patterns exclude one another")
         if not matches and not table.has_default:
             raise ValueError(
                 f"{table.who}: no pattern matches {path!r}, of {', '.join(map(repr, table.patterns))}; "
-                "add one or give default="
+                f"add one or give {table.default}="
             )
         groups.append(matches[0] if matches else len(table.patterns))
     for i, pattern in enumerate(table.patterns):
@@ -130,6 +144,7 @@ class Members:
     groups: frozenset[int]
 
     def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        self.table.check(self.groups, leaves, structure)
         return [group in self.groups for group in self.table(structure)]
 
 

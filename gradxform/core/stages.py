@@ -49,7 +49,7 @@ class Groups:
         Every group's stages keep their order. Stages that need all leaves at once, such as a global norm, are brought
         in line, so that where several groups have one, it is one stage over all of them.
         """
-        turns = {index: list(_turns(self.groups[index].stages)) for index in self.order()}
+        turns = {index: list(_turns(self.groups[index].stages)) for index in self.table.order()}
         sequence: list[Rule | Foreign] = []
         for turn in range(max(map(len, turns.values()))):
             now = [(stage, index) for index, runs in turns.items() if turn < len(runs) for stage in runs[turn]]
@@ -59,11 +59,6 @@ class Groups:
                 self._check_whole(stage, indices)
             sequence += [self._within(stage, *indices) for stage, indices in merged]
         return sequence
-
-    def order(self) -> list[int]:
-        """The default first: what a group shares with it has its name."""
-        last = len(self.groups) - 1
-        return [last, *range(last)] if self.table.has_default else list(range(last + 1))
 
     def _check_whole(self, stage: Rule | Foreign, indices: list[int]) -> None:
         """Raise if a norm is hidden in a stage that only some of the groups with norms share."""
@@ -126,7 +121,7 @@ def expanded(stages: Sequence[Stage]) -> list[Rule | Foreign]:
 def hyperparameters_of(stage: Stage) -> list[Hyperparameter]:
     """Those of its rules; of groups each group's, the default's first."""
     if isinstance(stage, Groups):
-        members = (one for index in stage.order() for one in stage.groups[index].stages)
+        members = (one for index in stage.table.order() for one in stage.groups[index].stages)
         return [h for one in members for h in hyperparameters_of(one)]
     return stage.hyperparameters if isinstance(stage, Rule) else []
 

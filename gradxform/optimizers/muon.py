@@ -1,0 +1,139 @@
+"""SGD with momentum whose steps have equal singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from gradxform.core.body import Transformation
+from gradxform.core.hyperparameters import Numeric, fraction
+from gradxform.core.lift import chain
+from gradxform.core.matrices import Matrices, by_layout
+from gradxform.transforms.momentum import scale_by_momentum
+from gradxform.transforms.neuron_normalization import normalize_by_neuron
+from gradxform.transforms.orthogonalization import orthogonalize
+from gradxform.transforms.scaling import scale_by_learning_rate
+from gradxform.transforms.weight_decay import add_decoupled_weight_decay
+
+
+def muon(
+    learning_rate: Numeric,
+    matrices: Matrices,
+    other: optax.GradientTransformation | None = None,
+    *,
+    beta: Numeric = 0.95,
+    nesterov: bool = True,
+    weight_decay: Numeric = 0.0,
+    method: str = "newton_schulz",
+    steps: int = 5,
+    coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None,
+    scale: str | None = "jordan",
+    eps: Numeric = 1e-7,
+    dtype: Any = None,
+    state_dtype: Any = None,
+) -> Transformation:
+    """m ← β·m + (1 − β)·g,  U·S·Vᵀ = β·m + (1 − β)·g,  θ ← θ − α·(s·U·Vᵀ + λ·θ), for hidden matrices.
+
+    Embeddings, heads, biases and the scales of norms go to another optimizer. Nothing is taken for a hidden matrix
+    because it has two axes: ``matrices`` says which leaves are. `describe` shows what each leaf gets.
+
+    Args:
+      learning_rate: α ≥ 0; see `sgd`. About 0.02 with the scale ``"jordan"``, that of AdamW with ``"adam_rms"``.
+      matrices: The layout of the leaves that a path pattern matches, such as
+        ``{".*/kernel": "in out", "layers/qkv": "each in 3*out"}``; one pattern alone has the layout ``in out``. See
+        `by_path` for patterns, of which one that is a leaf's whole path goes before others, and `orthogonalize` for
+        layouts.
+      other: The transformation for all other leaves, such as ``adamw(3e-4)``; None if there must be none. What it
+        shows in ``state.hyperparams`` is led by ``other/``.
+      beta: β in [0, 1).
+      nesterov: Orthogonalise the lookahead, as above; False for m.
+      weight_decay: λ ≥ 0 of the matrices, times α and not s. Jordan uses 0, Liu et al. 0.1.
+      method, steps, coefficients, scale, eps, dtype: See `orthogonalize`.
+      state_dtype: Dtype of the momentum; see `scale_by_momentum`.
+
+    Raises:
+      TypeError, ValueError: see `orthogonalize` and `by_path`; and in `init` and ``update`` if a leaf has not its
+        layout, or if a pattern that is not its whole path takes a leaf with an embedding's or a head's name: a part of
+        the path with one of the words embed, embedding, unembed, wte, wpe, vocab, logits, or that ends with head,
+        token or position.
+
+    References:
+      Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025, arXiv 2502.16982
+      (weight decay, adam_rms).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.muon(0.02, ".*/kernel", gx.adamw(3e-4))
+      >>> state = tx.init({"hidden": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "embed": jnp.ones((9, 4))})
+      >>> print(state.hyperparams["learning_rate"], state.hyperparams["other/learning_rate"])
+      0.02 0.0003
+    """
+
+    def on(layout: str) -> Transformation:
+        return chain(
+            scale_by_momentum(fraction(beta, "beta"), nesterov=nesterov, state_dtype=state_dtype),
+            orthogonalize(
+                layout, method=method, steps=steps, coefficients=coefficients, scale=scale, eps=eps, dtype=dtype
+            ),
+            add_decoupled_weight_decay(weight_decay),
+            scale_by_learning_rate(learning_rate),
+        )
+
+    return by_layout("muon", matrices, on, other)
+
+
+def normuon(
+    learning_rate: Numeric,
+    matrices: Matrices,
+    other: optax.GradientTransformation | None = None,
+    *,
+    beta: Numeric = 0.95,
+    beta2: Numeric = 0.95,
+    nesterov: bool = True,
+    weight_decay: Numeric = 0.0,
+    method: str = "newton_schulz",
+    steps: int = 5,
+    coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None,
+    scale: str | None = "jordan",
+    eps: Numeric = 1e-8,
+    dtype: Any = None,
+    state_dtype: Any = None,
+) -> Transformation:
+    """O ← s·U·Vᵀ as in `muon`,  v ← β₂·v + (1 − β₂)·mean(O²) for each neuron,  θ ← θ − α·(c·O/(√v + ε) + λ·θ)
+
+    c keeps each matrix's Frobenius norm; see `normalize_by_neuron`.
+
+    Args:
+      learning_rate, matrices, other, beta, nesterov, weight_decay, method, steps, coefficients, scale, dtype: See
+        `muon`.
+      beta2: β₂ in [0, 1).
+      eps: ε ≥ 0 beside √v.
+      state_dtype: Dtype of the momentum and of v; see `normalize_by_rms`.
+
+    Raises:
+      TypeError, ValueError: see `muon`.
+
+    References:
+      Li et al. 2025, arXiv 2510.05491, algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> state = gx.normuon(0.02, "kernel").init({"kernel": jnp.ones((256, 64))})
+      >>> print(state.mu["kernel"].shape, state.nu["kernel"].shape)
+      (256, 64) (1, 64)
+    """
+
+    def on(layout: str) -> Transformation:
+        return chain(
+            scale_by_momentum(fraction(beta, "beta"), nesterov=nesterov, state_dtype=state_dtype),
+            orthogonalize(layout, method=method, steps=steps, coefficients=coefficients, scale=scale, dtype=dtype),
+            normalize_by_neuron(fraction(beta2, "beta2"), eps, layout=layout, state_dtype=state_dtype),
+            add_decoupled_weight_decay(weight_decay),
+            scale_by_learning_rate(learning_rate),
+        )
+
+    return by_layout("normuon", matrices, on, other)
