@@ -29,6 +29,8 @@ class Codec(abc.ABC):
 
     signed: bool = True
     """Whether there may be negative numbers."""
+    checked: bool = True
+    """Whether a negative number is looked for where there must be none; it costs a twentieth of a step."""
 
     name: ClassVar[str]
     block: ClassVar[int]
@@ -37,8 +39,6 @@ class Codec(abc.ABC):
     """How many numbers one element of the codes holds."""
     scale_dtype: ClassVar[Any] = np.float32
     """None if there are no scales."""
-    needs_bits: ClassVar[bool] = False
-    """Whether `encode` rounds at random."""
 
     @property
     def code_dtype(self) -> Any:
@@ -55,7 +55,8 @@ class Codec(abc.ABC):
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
         """Codes and scales, (…, block / per_code) and (…,), of float32 `blocks` (…, block).
 
-        `bits` are 32 random ones per number, where the codec needs them.
+        Each number gets the nearest code, or with 32 random `bits` for each, one of the two beside it at random, the nearer
+        one likelier in proportion. Only the upper 16 bits count, so that ``bits << 16`` serves a second array.
         """
 
     @abc.abstractmethod
@@ -64,8 +65,11 @@ class Codec(abc.ABC):
 
     def largest(self, blocks: Array) -> Array:
         """Of each block the largest magnitude, NaN where the block cannot be coded."""
-        magnitudes = jnp.abs(blocks) if self.signed else jnp.where(blocks < 0, jnp.nan, blocks)
-        largest = jnp.max(magnitudes, -1)
+        # reductions of the blocks themselves: what is selected before would be all that XLA keeps of a block, and it would
+        # compute the block again where its codes are written, after a copy of what it was decoded from
+        largest = jnp.max(jnp.abs(blocks) if self.signed else blocks, -1)
+        if not self.signed and self.checked:
+            largest = jnp.where(jnp.min(blocks, -1) < 0, jnp.nan, largest)
         return largest + (largest - largest)  # NaN for an infinity
 
 
@@ -74,49 +78,92 @@ def _inverse(scales: Array) -> Array:
     return jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales, 1), 0)[..., None]
 
 
-def _whole(x: Array) -> Array:
-    """The int32 nearest to a small `x`, in whose low byte it is: in the last bits of x + 3·2²², without a conversion.
+def _dither(bits: Array) -> Array:
+    """Uniform in (−1/2, 1/2), of 2¹⁶ numbers symmetrically around 0."""
+    mantissa = (bits >> np.uint32(16)) << np.uint32(7) | np.uint32(0x3F800040)
+    return jax.lax.bitcast_convert_type(mantissa, np.float32) - np.float32(1.5)
 
-    XLA's own makes sure of NaN and of numbers too large, for a third of the time of a step.
+
+def _whole(x: Array, low: int, high: int, bits: Array | None) -> Array:
+    """The int32 nearest to `x`, or one of the two beside it at random, from `low` to `high`, where a nearest one is.
+
+    It is in the last bits of x + 3·2²²: XLA's own conversion makes sure of NaN and of numbers too large, which takes a
+    third of the time of a step.
     """
+    x = x if bits is None else jnp.clip(x + _dither(bits), low, high)
     return jax.lax.bitcast_convert_type(x + np.float32(3 * 2**22), np.int32)
 
 
-def _positive(codes: Array, blocks: Array) -> Array:
-    """Codes of which none is 0 where the number is positive."""
-    return jnp.where(blocks > 0, jnp.maximum(codes, 1), 0)
-
-
 @dataclasses.dataclass(frozen=True)
-class Linear8(Codec):
-    """x = q·s, and where x ≥ 0, x = (q·s)²: evenly spaced numbers, or roots; the fastest.
+class _Powers(Codec):
+    """x = ±(q·s)ᵖ, and where x ≥ 0, x = (q·s)²ᵖ, for p of 1 or 2.
 
-    s is rounded to 16 significant bits, so that every product q·s is exact and decoding and coding again changes nothing.
+    s is rounded to 16 significant bits, so that q·s is exact, and decoding and coding again changes nothing.
     """
 
-    name: ClassVar[str] = "linear8"
     block: ClassVar[int] = 256
+    halvings: ClassVar[int]
+    """How many square roots are taken of what is signed; of the rest one more."""
 
     @property
     def code_dtype(self) -> Any:
         return np.int8 if self.signed else np.uint8
 
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return 127 if self.signed else 255
+
+    def root(self, x: Array) -> Array:
+        """The root of x ≥ 0 that is evenly spaced."""
+        for _ in range(self.halvings + (not self.signed)):
+            x = jnp.sqrt(x)
+        return x
+
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
         largest = self.largest(blocks)
-        # the smallest step has an inverse, and where it is squared a square
-        levels, smallest = (127, 2.0**-126) if self.signed else (255, 2.0**-62)
-        largest = largest if self.signed else jnp.sqrt(largest)
-        steps = jax.lax.reduce_precision(jnp.maximum(largest * np.float32(1 / levels), np.float32(smallest)), 8, 15)
-        steps = jnp.where(largest == 0, 0, steps)
+        power = 2.0 ** (self.halvings + (not self.signed))
+        # the power of the smallest step is a normal number, and of the largest code times the largest step a finite one
+        smallest, most = 2.0 ** np.ceil(-126 / power), 2.0 ** (128 / power) / self.levels * (1 - 2.0**-15)
+        steps = jnp.clip(self.root(largest) * np.float32(1 / self.levels), np.float32(smallest), np.float32(most))
+        steps = jnp.where(largest == 0, 0, jax.lax.reduce_precision(steps, 8, 15))
         inverse = _inverse(steps)
-        if self.signed:
-            return _whole(blocks * inverse).astype(np.int8), steps
-        return _whole(_positive(jnp.sqrt(blocks) * inverse, blocks)).astype(np.uint8), steps
+        if not self.signed:
+            roots = self.root(blocks) * inverse
+            # none is 0 where the number is positive
+            codes = jnp.where(blocks > 0, jnp.maximum(_whole(roots, 0, 255, bits), 1), 0)
+        elif self.halvings == 0:
+            codes = _whole(blocks * inverse, -127, 127, bits)
+        else:
+            squares = blocks * (inverse * inverse)
+            roots = jnp.sqrt(jnp.abs(squares))
+            codes = _whole(jnp.where(squares < 0, -roots, roots), -127, 127, bits)
+        return codes.astype(self.code_dtype), steps
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
         assert scales is not None
-        products = codes.astype(np.float32) * scales[..., None]
-        return products if self.signed else products * products
+        x = codes.astype(np.float32) * scales[..., None]
+        if self.signed:
+            return x if self.halvings == 0 else x * jnp.abs(x)
+        for _ in range(self.halvings + 1):
+            x = x * x
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear8(_Powers):
+    """x = q·s, and where x ≥ 0, x = (q·s)²: evenly spaced numbers, or square roots."""
+
+    name: ClassVar[str] = "linear8"
+    halvings: ClassVar[int] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Root8(_Powers):
+    """x = ±(q·s)², and where x ≥ 0, x = (q·s)⁴: evenly spaced square roots, or fourth roots; finer near zero."""
+
+    name: ClassVar[str] = "root8"
+    halvings: ClassVar[int] = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +190,17 @@ class Companded8(Codec):
         largest = largest if self.signed else jnp.sqrt(largest)
         coarse = largest < 2.0**-14  # below the normal numbers of float16: the next one up is its own unit
         upper = jnp.ceil(largest * 2.0**24) * 2.0**-24
-        scales = jnp.where(coarse, upper, round_to(largest, np.float16))
+        upper = jnp.where(largest > 0, jnp.maximum(upper, 2.0**-24), upper)
+        # to nearest, a scale sticks that shrinks by less than half of float16's step
+        drawn = None if bits is None else bits[..., 0] ^ bits[..., -1]
+        scales = jnp.where(coarse, upper, round_to(largest, np.float16, drawn))
         inverse = _inverse(jnp.where(coarse, upper, largest))
         if self.signed:
             shares = blocks * inverse
-            codes = _whole(shares * np.float32(254) / (1 + jnp.abs(shares)))
+            codes = _whole(shares * np.float32(254) / (1 + jnp.abs(shares)), -127, 127, bits)
         else:
-            codes = _whole(_positive(jnp.sqrt(blocks) * (inverse * np.float32(255)), blocks))
+            codes = _whole(jnp.sqrt(blocks) * (inverse * np.float32(255)), 0, 255, bits)
+            codes = jnp.where(blocks > 0, jnp.maximum(codes, 1), 0)
         return codes.astype(self.code_dtype), scales.astype(np.float16)
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
@@ -171,22 +222,27 @@ class _Mapped(Codec):
         """The numbers from −1 to 1 that codes stand for, ascending."""
 
     @abc.abstractmethod
-    def find(self, shares: Array) -> Array:
-        """The code of each number from −1 to 1."""
+    def count(self, shares: Array, bounds: np.ndarray[Any, np.dtype[np.float32]]) -> Array:
+        """How many of the ascending `bounds` are not above each number."""
 
     @abc.abstractmethod
     def look_up(self, codes: Array) -> Array:
         """The number of each code."""
 
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
-        largest = self.largest(blocks)
-        numbers = self.map
+        largest, numbers = self.largest(blocks), self.map
         smallest = smallest_normal(np.float32) / (1.0 if self.signed else float(numbers[numbers > 0].min()))
         scales = jnp.where(largest == 0, 0, jnp.maximum(largest, np.float32(smallest)))
-        codes = self.find(blocks * _inverse(scales))
+        shares = blocks * _inverse(scales)
+        if bits is None:
+            codes = self.count(shares, midpoints(numbers))
+        else:
+            below = self.count(shares, numbers[1:])
+            low, high = self.look_up(below), self.look_up(jnp.minimum(below + 1, len(numbers) - 1))
+            codes = jnp.where(shares - low > (_dither(bits) + np.float32(0.5)) * (high - low), below + 1, below)
         if not self.signed and numbers[0] == 0:
-            codes = _positive(codes, blocks)
-        return codes, scales
+            codes = jnp.where(blocks > 0, jnp.maximum(codes, 1), 0)
+        return codes.astype(np.uint8), scales
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
         assert scales is not None
@@ -208,17 +264,13 @@ class Dynamic8(_Mapped):
     def map(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         return dynamic_map(7, self.signed)
 
-    def find(self, shares: Array) -> Array:
-        bounds = jnp.asarray(np.append(midpoints(dynamic_map(7, self.signed)), np.float32(np.inf)))
-        codes = jnp.zeros(shares.shape, np.int32)
+    def count(self, shares: Array, bounds: np.ndarray[Any, np.dtype[np.float32]]) -> Array:
+        table = jnp.asarray(np.append(bounds, np.float32(np.inf)))
+        found = jnp.zeros(shares.shape, np.int32)
         for half in (128, 64, 32, 16, 8, 4, 2, 1):
-            bound = bounds.at[codes + (half - 1)].get(mode="promise_in_bounds")
-            codes += jnp.where(shares >= bound, half, 0)
-        return codes
-
-    def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
-        codes, scales = super().encode(blocks)
-        return codes.astype(np.uint8), scales
+            bound = table.at[found + (half - 1)].get(mode="promise_in_bounds")
+            found += jnp.where(shares >= bound, half, 0)
+        return found
 
     def look_up(self, codes: Array) -> Array:
         return jnp.asarray(self.map).at[codes.astype(np.int32)].get(mode="promise_in_bounds")
@@ -231,7 +283,7 @@ class Dynamic4(_Mapped):
     The map for x ≥ 0 is 1/16, 2/16, … 1: without 0, so 0 in a block that has other numbers becomes a 16th of its largest.
 
     References:
-      Li et al. 2023, arXiv 2309.01507, section 3 and 4.2.
+      Li et al. 2023, arXiv 2309.01507, sections 3 and 4.2.
     """
 
     name: ClassVar[str] = "dynamic4"
@@ -240,47 +292,45 @@ class Dynamic4(_Mapped):
 
     @property
     def map(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return dynamic_map(3, True) if self.signed else np.arange(1, 17, dtype=np.float32) / 16
+        return dynamic_map(3, True) if self.signed else np.arange(1, 17, dtype=np.float32) / np.float32(16)
 
-    def find(self, shares: Array) -> Array:
+    def count(self, shares: Array, bounds: np.ndarray[Any, np.dtype[np.float32]]) -> Array:
         # 15 comparisons of whole vectors: a look-up takes its elements one by one
-        return sum((shares >= bound).astype(np.int32) for bound in midpoints(self.map))  # pyright: ignore[reportReturnType] (of arrays, not of the 0 it begins with)
-
-    def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
-        codes, scales = super().encode(blocks)
-        pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-        return (pairs[..., 0] << 4 | pairs[..., 1]).astype(np.uint8), scales
-
-    def decode(self, codes: Array, scales: Array | None) -> Array:
-        pairs = jnp.stack([codes >> np.uint8(4), codes & np.uint8(15)], -1)
-        return super().decode(pairs.reshape(*codes.shape[:-1], -1), scales)
+        found = jnp.zeros(shares.shape, np.int32)
+        for bound in bounds:
+            found += (shares >= bound).astype(np.int32)
+        return found
 
     def look_up(self, codes: Array) -> Array:
         numbers = jnp.full(codes.shape, self.map[0])
         for code, number in enumerate(self.map[1:], 1):
-            numbers = jnp.where(codes >= np.uint8(code), number, numbers)
+            numbers = jnp.where(codes >= code, number, numbers)
         return numbers
+
+    def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
+        codes, scales = super().encode(blocks, bits)
+        pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+        return pairs[..., 0] << np.uint8(4) | pairs[..., 1], scales
+
+    def decode(self, codes: Array, scales: Array | None) -> Array:
+        pairs = jnp.stack([codes >> np.uint8(4), codes & np.uint8(15)], -1).astype(np.int32)
+        return super().decode(pairs.reshape(*codes.shape[:-1], -1), scales)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bfloat16(Codec):
-    """x up or down to a bfloat16 at random, so that its mean is right; with the range of float32, and no scale.
-
-    References:
-      Zamirai et al. 2020, arXiv 2010.06192, section 3.
-    """
+    """x as a bfloat16, without a scale: it has the range of float32."""
 
     name: ClassVar[str] = "bfloat16"
     block: ClassVar[int] = 1
     scale_dtype: ClassVar[Any] = None
-    needs_bits: ClassVar[bool] = True
 
     @property
     def code_dtype(self) -> Any:
         return jnp.bfloat16
 
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
-        if not self.signed:
+        if not self.signed and self.checked:
             blocks = jnp.where(blocks < 0, jnp.nan, blocks)
         return cast(round_to(blocks, jnp.bfloat16, bits), jnp.bfloat16), None
 
@@ -289,7 +339,7 @@ class Bfloat16(Codec):
 
 
 CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (Linear8, Companded8, Dynamic8, Dynamic4, Bfloat16)
+    codec.name: codec for codec in (Root8, Linear8, Companded8, Dynamic8, Dynamic4, Bfloat16)
 }
 """The codecs by name."""
 

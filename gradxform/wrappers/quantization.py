@@ -48,9 +48,10 @@ class QuantizedState(NamedTuple):
 
 def quantize_state(
     tx: optax.GradientTransformation,
-    codec: str | Codec = "linear8",
+    codec: str | Codec = "root8",
     min_size: int = 4096,
     fields: Mapping[str, str] | None = None,
+    rounding: str = "stochastic",
 ) -> Transformation:
     """s ← encode(step(decode(s))): keep the moments in 8 or 4 bits, or in bfloat16.
 
@@ -93,8 +94,12 @@ def quantize_state(
         codec = CODECS[codec]()
     if not isinstance(codec, Codec):
         raise ValueError(f"codec must be one of {', '.join(map(repr, CODECS))} or a Codec, got {codec!r}")
+    if rounding not in _ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(map(repr, _ROUNDINGS))}, got {rounding!r}")
     return Transformation.of(
-        QuantizeState(body_of("tx of quantize_state", tx), codec, count_of("min_size", min_size), _told(fields))
+        QuantizeState(
+            body_of("tx of quantize_state", tx), codec, count_of("min_size", min_size), _told(fields), rounding
+        )
     )
 
 
@@ -107,11 +112,14 @@ def _told(fields: Any) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((fields or {}).items()))
 
 
+_ROUNDINGS = ("stochastic", "nearest")
 _KINDS = ("signed", "non_negative", "kept")
 _KNOWN: dict[str, str] = {
-    **dict.fromkeys("mu m m1 m2 trace exp_avg momentum momentum_buffer velocity".split(), "signed"),
-    **dict.fromkeys("nu nu_max exp_avg_sq max_exp_avg_sq square_avg sum_of_squares e_g e_x".split(), "non_negative"),
-    **dict.fromkeys("mean acc_grads grad_acc residual".split(), "kept"),
+    **dict.fromkeys(["mu", "m", "m1", "m2", "trace", "exp_avg", "momentum", "momentum_buffer", "velocity"], "signed"),
+    **dict.fromkeys(
+        ["nu", "nu_max", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum_of_squares", "e_g", "e_x"], "non_negative"
+    ),
+    **dict.fromkeys(["mean", "acc_grads", "grad_acc", "residual"], "kept"),
 }
 """What fields of these names hold in this library, optax and torch."""
 
@@ -141,15 +149,20 @@ class Layout:
 class QuantizeState(Wrapper):
     """The body of `quantize_state`."""
 
-    codec: Codec = CODECS["linear8"]()
+    codec: Codec = CODECS["root8"]()
     min_size: int = 4096
     fields: tuple[tuple[str, str], ...] = ()
+    rounding: str = "stochastic"
 
     def __repr__(self) -> str:
         options = [repr(self.tx)]
-        if self.codec != CODECS["linear8"]():
-            options += [f"codec={self.codec.name!r}" if type(self.codec) in CODECS.values() else f"codec={self.codec!r}"]
-        options += [f"min_size={self.min_size}"] * (self.min_size != 4096) + [f"fields={dict(self.fields)}"] * bool(self.fields)
+        if self.codec != CODECS["root8"]():
+            options += [
+                f"codec={self.codec.name!r}" if type(self.codec) in CODECS.values() else f"codec={self.codec!r}"
+            ]
+        options += [f"min_size={self.min_size}"] * (self.min_size != 4096) + [f"fields={dict(self.fields)}"] * bool(
+            self.fields
+        )
         return f"{self.name}({', '.join(options)})"
 
     def init(self, params: Any) -> QuantizedState:
@@ -185,7 +198,9 @@ class QuantizeState(Wrapper):
             coded = [
                 (HOLE, HOLE)
                 if codec is None
-                else encoded(codec, value, seed_for(seed_for(seed, number), index) if codec.needs_bits else None)
+                else encoded(
+                    codec, value, seed_for(seed_for(seed, number), index) if self.rounding == "stochastic" else None
+                )
                 for index, (codec, value) in enumerate(zip(field.codecs, values, strict=True))
             ]
             if placed:
@@ -193,9 +208,7 @@ class QuantizeState(Wrapper):
             codes[field.name], scales[field.name] = (structure.unflatten([pair[i] for pair in coded]) for i in (0, 1))
             kept = [value if codec is None else HOLE for codec, value in zip(field.codecs, values, strict=True)]
             parts[place] = structure.unflatten(kept)
-        return QuantizedState(
-            next_seed(seed) if not placed else seed, codes, scales, layout.structure.unflatten(parts)
-        )
+        return QuantizedState(next_seed(seed) if not placed else seed, codes, scales, layout.structure.unflatten(parts))
 
     # What is known before any array is there
 
@@ -214,7 +227,9 @@ class QuantizeState(Wrapper):
         """Raise if no state is coded though there are leaves large enough."""
         coded = any(codec is not None for _, field in layout.fields for codec in field.codecs)
         large = [self._fits(trees.aval(leaf)) for leaf in leaves]
-        if not coded and any(act and fits for act, fits in zip(trained_leaves(self.tx, params, params), large, strict=True)):
+        if not coded and any(
+            act and fits for act, fits in zip(trained_leaves(self.tx, params, params), large, strict=True)
+        ):
             raise ValueError(f"{self.name} has nothing to do: the state of {self.tx!r} has no array like a parameter")
 
     def _fits(self, aval: trees.Aval) -> bool:
@@ -271,15 +286,23 @@ def _alike(node: Any, structure: Any, avals: Iterable[trees.Aval]) -> bool:
 def _opened(state: QuantizedState, layout: Layout, structure: Any) -> Any:
     """The inner state with every field decoded, after checking that it is for these parameters."""
     names = [field.name for _, field in layout.fields]
-    if not isinstance(state.codes, Mapping) or sorted(state.codes) != sorted(names) or sorted(state.scales) != sorted(names):
+    if (
+        not isinstance(state.codes, Mapping)
+        or sorted(state.codes) != sorted(names)
+        or sorted(state.scales) != sorted(names)
+    ):
         raise ValueError(f"state.codes has {sorted(state.codes)}, this transformation's has {sorted(names)}; {_ANEW}")
     try:
         parts = layout.structure.flatten_up_to(state.inner)
     except ValueError as error:
-        raise ValueError(f"state.inner is not of the wrapped transformation, or for other parameters; {_ANEW}") from error
+        raise ValueError(
+            f"state.inner is not of the wrapped transformation, or for other parameters; {_ANEW}"
+        ) from error
     for place, field in layout.fields:
         kept = column(f"state.inner.{field.name}", parts[place], structure)
-        codes, scales = (column(f"state.{k}[{field.name!r}]", getattr(state, k)[field.name], structure) for k in ("codes", "scales"))
+        codes, scales = (
+            column(f"state.{k}[{field.name!r}]", getattr(state, k)[field.name], structure) for k in ("codes", "scales")
+        )
         values: list[Any] = []
         for index, (codec, aval) in enumerate(zip(field.codecs, field.avals, strict=True)):
             if codec is None:
