@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform.numerics import Array, cast, round_to, smallest_normal
+from gradxform.numerics import Array, round_to, smallest_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Codec(abc.ABC):
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
         """Codes and scales, (…, block / per_code) and (…,), of float32 `blocks` (…, block).
 
-        Each number gets the nearest code, or with 32 random `bits` for each, one of the two beside it at random, the nearer
-        one likelier in proportion. Only the upper 16 bits count, so that ``bits << 16`` serves a second array.
+        Each number gets the nearest code, or with 32 random `bits` for each, one of the two beside it at random, the
+        nearer one likelier in proportion. Only the upper 16 bits count, so that ``bits << 16`` serves a second array.
         """
 
     @abc.abstractmethod
@@ -65,12 +65,15 @@ class Codec(abc.ABC):
 
     def largest(self, blocks: Array) -> Array:
         """Of each block the largest magnitude, NaN where the block cannot be coded."""
-        # reductions of the blocks themselves: what is selected before would be all that XLA keeps of a block, and it would
-        # compute the block again where its codes are written, after a copy of what it was decoded from
-        largest = jnp.max(jnp.abs(blocks) if self.signed else blocks, -1)
+        # Reductions of the blocks themselves, or of |x| where `encode` does not need it too: else XLA keeps this, not
+        # the block, decodes it once more where the codes are written, and in a loop copies all codes first.
+        magnitudes = jnp.abs(blocks) if self.signed else blocks
+        largest, total = jnp.max(magnitudes, -1), jnp.sum(magnitudes, -1)
+        # the maximum of a long row is a number though one is NaN, on CPUs (JAX 0.10.2 to 0.12.0); the sum is not
+        wrong = jnp.isnan(total) | jnp.isinf(largest)
         if not self.signed and self.checked:
-            largest = jnp.where(jnp.min(blocks, -1) < 0, jnp.nan, largest)
-        return largest + (largest - largest)  # NaN for an infinity
+            wrong |= jnp.min(blocks, -1) < 0
+        return jnp.where(wrong, jnp.nan, largest)
 
 
 def _inverse(scales: Array) -> Array:
@@ -84,14 +87,22 @@ def _dither(bits: Array) -> Array:
     return jax.lax.bitcast_convert_type(mantissa, np.float32) - np.float32(1.5)
 
 
-def _whole(x: Array, low: int, high: int, bits: Array | None) -> Array:
-    """The int32 nearest to `x`, or one of the two beside it at random, from `low` to `high`, where a nearest one is.
+def _moved(x: Array, low: int, high: int, bits: Array | None) -> Array:
+    """`x`, or a little off at random, so that the whole number nearest to it has the mean `x`; not out of range."""
+    return x if bits is None else jnp.clip(x + _dither(bits), low, high)
 
-    It is in the last bits of x + 3·2²²: XLA's own conversion makes sure of NaN and of numbers too large, which takes a
-    third of the time of a step.
+
+def _positive(x: Array, blocks: Array) -> Array:
+    """At least 1 where the number is positive."""
+    return jnp.where(blocks > 0, jnp.maximum(x, 1), 0)
+
+
+def _nearest(x: Array, dtype: Any) -> Array:
+    """The whole number nearest to a small `x`: in the last bits of x + 3·2²².
+
+    XLA's own conversion makes sure of NaN and of numbers too large, for a third of the time of a step.
     """
-    x = x if bits is None else jnp.clip(x + _dither(bits), low, high)
-    return jax.lax.bitcast_convert_type(x + np.float32(3 * 2**22), np.int32)
+    return jax.lax.bitcast_convert_type(x + np.float32(3 * 2**22), np.int32).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +140,14 @@ class _Powers(Codec):
         steps = jnp.where(largest == 0, 0, jax.lax.reduce_precision(steps, 8, 15))
         inverse = _inverse(steps)
         if not self.signed:
-            roots = self.root(blocks) * inverse
-            # none is 0 where the number is positive
-            codes = jnp.where(blocks > 0, jnp.maximum(_whole(roots, 0, 255, bits), 1), 0)
+            codes = _positive(_moved(self.root(blocks) * inverse, 0, 255, bits), blocks)
         elif self.halvings == 0:
-            codes = _whole(blocks * inverse, -127, 127, bits)
+            codes = _moved(blocks * inverse, -127, 127, bits)
         else:
             squares = blocks * (inverse * inverse)
             roots = jnp.sqrt(jnp.abs(squares))
-            codes = _whole(jnp.where(squares < 0, -roots, roots), -127, 127, bits)
-        return codes.astype(self.code_dtype), steps
+            codes = _moved(jnp.where(squares < 0, -roots, roots), -127, 127, bits)
+        return _nearest(codes, self.code_dtype), steps
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
         assert scales is not None
@@ -194,14 +203,13 @@ class Companded8(Codec):
         # to nearest, a scale sticks that shrinks by less than half of float16's step
         drawn = None if bits is None else bits[..., 0] ^ bits[..., -1]
         scales = jnp.where(coarse, upper, round_to(largest, np.float16, drawn))
-        inverse = _inverse(jnp.where(coarse, upper, largest))
+        unit = jnp.where(coarse, upper, largest)
         if self.signed:
-            shares = blocks * inverse
-            codes = _whole(shares * np.float32(254) / (1 + jnp.abs(shares)), -127, 127, bits)
+            shares = blocks / (jnp.where(unit > 0, unit, 1)[..., None] + jnp.abs(blocks))  # y/(1 + |y|) for y = x/s
+            codes = _moved(shares * np.float32(254), -127, 127, bits)
         else:
-            codes = _whole(jnp.sqrt(blocks) * (inverse * np.float32(255)), 0, 255, bits)
-            codes = jnp.where(blocks > 0, jnp.maximum(codes, 1), 0)
-        return codes.astype(self.code_dtype), scales.astype(np.float16)
+            codes = _positive(_moved(jnp.sqrt(blocks) * (_inverse(unit) * np.float32(255)), 0, 255, bits), blocks)
+        return _nearest(codes, self.code_dtype), scales.astype(np.float16)
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
         assert scales is not None
@@ -233,7 +241,7 @@ class _Mapped(Codec):
         largest, numbers = self.largest(blocks), self.map
         smallest = smallest_normal(np.float32) / (1.0 if self.signed else float(numbers[numbers > 0].min()))
         scales = jnp.where(largest == 0, 0, jnp.maximum(largest, np.float32(smallest)))
-        shares = blocks * _inverse(scales)
+        shares = blocks / jnp.where(scales > 0, scales, 1)[..., None]
         if bits is None:
             codes = self.count(shares, midpoints(numbers))
         else:
@@ -241,7 +249,7 @@ class _Mapped(Codec):
             low, high = self.look_up(below), self.look_up(jnp.minimum(below + 1, len(numbers) - 1))
             codes = jnp.where(shares - low > (_dither(bits) + np.float32(0.5)) * (high - low), below + 1, below)
         if not self.signed and numbers[0] == 0:
-            codes = jnp.where(blocks > 0, jnp.maximum(codes, 1), 0)
+            codes = _positive(codes, blocks)
         return codes.astype(np.uint8), scales
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
@@ -280,7 +288,7 @@ class Dynamic8(_Mapped):
 class Dynamic4(_Mapped):
     """x = map[q]·s with 16 numbers, two codes to a byte: the first in the upper half.
 
-    The map for x ≥ 0 is 1/16, 2/16, … 1: without 0, so 0 in a block that has other numbers becomes a 16th of its largest.
+    The map for x ≥ 0 is 1/16, 2/16, … 1: 0 in a block that has other numbers becomes a 16th of its largest.
 
     References:
       Li et al. 2023, arXiv 2309.01507, sections 3 and 4.2.
@@ -319,7 +327,7 @@ class Dynamic4(_Mapped):
 
 @dataclasses.dataclass(frozen=True)
 class Bfloat16(Codec):
-    """x as a bfloat16, without a scale: it has the range of float32."""
+    """x as the 16 bits of a bfloat16, without a scale: it has the range of float32."""
 
     name: ClassVar[str] = "bfloat16"
     block: ClassVar[int] = 1
@@ -327,15 +335,16 @@ class Bfloat16(Codec):
 
     @property
     def code_dtype(self) -> Any:
-        return jnp.bfloat16
+        return np.uint16  # XLA widens a bfloat16 that a loop carries, on CPUs, and copies it
 
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
         if not self.signed and self.checked:
             blocks = jnp.where(blocks < 0, jnp.nan, blocks)
-        return cast(round_to(blocks, jnp.bfloat16, bits), jnp.bfloat16), None
+        bits_of = jax.lax.bitcast_convert_type(round_to(blocks, jnp.bfloat16, bits), np.uint32)
+        return (bits_of >> np.uint32(16)).astype(np.uint16), None
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
-        return codes.astype(np.float32)
+        return jax.lax.bitcast_convert_type(codes.astype(np.uint32) << np.uint32(16), np.float32)
 
 
 CODECS: dict[str, type[Codec]] = {
@@ -359,7 +368,7 @@ def dynamic_map(exponent_bits: int, signed: bool) -> np.ndarray[Any, np.dtype[np
 
 
 def _even(parts: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """0.1 to 1 in `parts` equal parts, each half counted from its own end and rounded once, as torch.linspace has it."""
+    """0.1 to 1 in equal parts, each half counted from its own end and rounded once, as torch.linspace has it."""
     first, last = np.float32(0.1), np.float32(1)
     step, places = np.float64((last - first) / np.float32(parts)), np.arange(parts + 1)
     bounds = np.where(places < (parts + 1) // 2, first + step * places, last - step * (parts - places))

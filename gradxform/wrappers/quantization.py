@@ -1,7 +1,7 @@
 """Optimizer states in one byte per number, or half of one, around any transformation.
 
-Every array of the state that is shaped like a parameter is kept as codes and scales. A step decodes it, lets the wrapped
-transformation work in float32, and codes the result.
+Every array of the state that is shaped like a parameter is kept as codes and scales. A step decodes it, lets the
+wrapped transformation work in float32, and codes the result.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ class QuantizedState(NamedTuple):
     """What `quantize_state` carries from step to step."""
 
     seed: jax.Array
-    """Of the random bits of the next step, uint32; only bfloat16 draws any."""
+    """Of the random bits of the next step, uint32."""
     codes: dict[str, Any]
     """By the name of each field of the inner state that is like the parameters, a tree of codes in their shapes."""
     scales: dict[str, Any]
-    """The same for scales: the codes' shape with one number per block in the last axis, or flat if that is no whole number
-    of blocks."""
+    """The same for scales: one per block along the last axis, or flat where that is no whole number of blocks."""
     inner: Any
     """The state of the wrapped transformation, without what is coded."""
 
@@ -55,29 +54,33 @@ def quantize_state(
 ) -> Transformation:
     """s ← encode(step(decode(s))): keep the moments in 8 or 4 bits, or in bfloat16.
 
+    Rounded to nearest, a code stays what it is while a step changes its number by less than half the distance to the
+    next code, as a step nearly always does with a second moment. Stochastic rounding loses no change in the mean.
+
     Args:
       tx: Any transformation. Another library's sees float32 updates and parameters.
-      codec: ``"linear8"``, evenly spaced numbers and roots in blocks of 256, the fastest; ``"companded8"``, finer near zero,
-        in groups of 32 with a float16 scale (6e-8 to 65504); ``"dynamic8"``, 7 decades in blocks of 256, as bitsandbytes
-        and torchao have them; ``"dynamic4"``, 4 bits in blocks of 128; ``"bfloat16"``, rounded stochastically. Or a
-        `Codec` of your own.
-      min_size: Leaves with fewer elements than this, or with a number of them that is no multiple of the block, keep their
-        state as it is, and so do complex and float64 leaves.
-      fields: What fields of the state hold, by name: ``"signed"``, ``"non_negative"`` or ``"kept"`` as they are. Known are
-        those of this library and of optax's usual transformations (``mu`` and ``trace`` are signed, ``nu`` is not
-        negative, residuals and means of gradients are kept); any other must be told.
+      codec: ``"root8"``, evenly spaced square roots, fourth roots of what is not negative, in blocks of 256;
+        ``"linear8"``, evenly spaced numbers and square roots, a little faster and coarser near zero;
+        ``"companded8"``, in groups of 32 with float16 scales (6e-8 to 65504) as FlashOptim has it; ``"dynamic8"`` and
+        ``"dynamic4"``, 8 bits in blocks of 256 and 4 in blocks of 128, as bitsandbytes and torchao have them, slow;
+        ``"bfloat16"``. Or a `gradxform.codecs.Codec` of your own.
+      min_size: Leaves with fewer elements than this, or with a number of them that is no multiple of the block, keep
+        their state as it is, and so do complex and float64 leaves.
+      fields: What fields of the state hold, by name: ``"signed"``, ``"non_negative"`` or ``"kept"`` as they are. Known
+        are the moments of this library, of optax and of torch, such as ``mu`` and ``nu``; another one must be told.
+      rounding: ``"stochastic"``, by a hash of the step, the leaf and the element; or ``"nearest"``.
 
     Returns:
-      A transformation whose state has ``codes`` and ``scales``, shaped so that they shard like the parameters, and
-      ``inner``. A negative number in a field that has none, NaN and infinity make their block NaN.
+      A transformation whose state has ``seed``, ``codes``, ``scales``, shaped so that they shard like the parameters,
+      and ``inner``. NaN, infinity, and a negative number in a field that has none make their block NaN.
 
     Raises:
-      TypeError, ValueError: if ``codec`` is none of these, ``min_size`` no whole number, ``fields`` says something else; if
-        ``init`` finds a field that it does not know, or nothing to code though there are leaves large enough.
+      TypeError, ValueError: if an argument is none of these; if ``init`` finds a field that it does not know, or
+        nothing to code though there are leaves large enough.
 
     References:
-      Dettmers et al. 2022, arXiv 2110.02861 (block-wise 8-bit states, ``dynamic8``, ``min_size``); Li et al. 2023, arXiv
-      2309.01507 (4 bits); Ortiz et al. 2026, arXiv 2602.23349 (``companded8``).
+      Dettmers et al. 2022, arXiv 2110.02861 (8-bit states in blocks, ``dynamic8``, ``min_size``); Li et al. 2023,
+      arXiv 2309.01507 (4 bits); Ortiz et al. 2026, arXiv 2602.23349 (``companded8``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,10 +88,10 @@ def quantize_state(
       >>> params = {"kernel": jnp.zeros((64, 256)), "bias": jnp.zeros(256)}
       >>> tx = gx.quantize_state(gx.adamw(1e-3))
       >>> state = tx.init(params)
-      >>> print(state.codes["mu"]["kernel"].dtype, state.scales["nu"]["kernel"].shape)
-      int8 (64, 1)
-      >>> print(f'{gx.describe(tx, {"kernel": params["kernel"]}, show=False).state_bytes_per_parameter:.2f}')
-      2.03
+      >>> print(state.codes["mu"]["kernel"].dtype, state.scales["nu"]["kernel"].shape, state.inner.nu["bias"].dtype)
+      int8 (64, 1) float32
+      >>> print(f"{gx.describe(tx, params, show=False).state_bytes_per_parameter:.2f}")
+      2.12
     """
     if isinstance(codec, str) and codec in CODECS:
         codec = CODECS[codec]()
@@ -96,14 +99,12 @@ def quantize_state(
         raise ValueError(f"codec must be one of {', '.join(map(repr, CODECS))} or a Codec, got {codec!r}")
     if rounding not in _ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, _ROUNDINGS))}, got {rounding!r}")
-    return Transformation.of(
-        QuantizeState(
-            body_of("tx of quantize_state", tx), codec, count_of("min_size", min_size), _told(fields), rounding
-        )
-    )
+    body = body_of("tx of quantize_state", tx)
+    return Transformation.of(QuantizeState(body, codec, count_of("min_size", min_size), _told(fields), rounding))
 
 
 def _told(fields: Any) -> tuple[tuple[str, str], ...]:
+    """The argument `fields`, checked and hashable."""
     if not isinstance(fields, Mapping | None):
         raise TypeError(f"fields must map names of state fields to what they hold, got {fields!r}")
     for name, kind in (fields or {}).items():
@@ -114,14 +115,12 @@ def _told(fields: Any) -> tuple[tuple[str, str], ...]:
 
 _ROUNDINGS = ("stochastic", "nearest")
 _KINDS = ("signed", "non_negative", "kept")
-_KNOWN: dict[str, str] = {
-    **dict.fromkeys(["mu", "m", "m1", "m2", "trace", "exp_avg", "momentum", "momentum_buffer", "velocity"], "signed"),
-    **dict.fromkeys(
-        ["nu", "nu_max", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum_of_squares", "e_g", "e_x"], "non_negative"
-    ),
-    **dict.fromkeys(["mean", "acc_grads", "grad_acc", "residual"], "kept"),
-}
+_SIGNED = ("mu", "m", "m1", "m2", "trace", "exp_avg", "momentum", "momentum_buffer", "velocity")
+_NON_NEGATIVE = ("nu", "nu_max", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum_of_squares", "e_g", "e_x")
+_KEPT = ("mean", "acc_grads", "grad_acc", "residual")  # gradients not used yet, and what parameters lack
+_KNOWN = {name: kind for kind, names in zip(_KINDS, (_SIGNED, _NON_NEGATIVE, _KEPT), strict=True) for name in names}
 """What fields of these names hold in this library, optax and torch."""
+_DEFAULT = CODECS["root8"]()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,97 +148,82 @@ class Layout:
 class QuantizeState(Wrapper):
     """The body of `quantize_state`."""
 
-    codec: Codec = CODECS["root8"]()
+    codec: Codec = _DEFAULT
     min_size: int = 4096
     fields: tuple[tuple[str, str], ...] = ()
     rounding: str = "stochastic"
 
     def __repr__(self) -> str:
-        options = [repr(self.tx)]
-        if self.codec != CODECS["root8"]():
-            options += [
-                f"codec={self.codec.name!r}" if type(self.codec) in CODECS.values() else f"codec={self.codec!r}"
-            ]
-        options += [f"min_size={self.min_size}"] * (self.min_size != 4096) + [f"fields={dict(self.fields)}"] * bool(
-            self.fields
-        )
-        return f"{self.name}({', '.join(options)})"
+        given = self.codec.name if CODECS.get(self.codec.name) is type(self.codec) else self.codec
+        options = {"codec": given, "min_size": self.min_size, "fields": dict(self.fields), "rounding": self.rounding}
+        usual = {"codec": _DEFAULT.name, "min_size": 4096, "fields": {}, "rounding": "stochastic"}
+        changed = [f"{name}={value!r}" for name, value in options.items() if value != usual[name]]
+        return f"{self.name}({', '.join([repr(self.tx), *changed])})"
 
     def init(self, params: Any) -> QuantizedState:
         leaves, structure = trees.flatten("params", params)
-        layout = self._layout(params)
-        self._check_acts(layout, params, leaves)
-        state = self.tx.init(self._seen(params))
+        layout = self.layout(leaves, structure)
+        coded = any(codec is not None for _, field in layout.fields for codec in field.codecs)
+        trained = trained_leaves(self.tx, params, params)
+        if not coded and any(act and self.fits(trees.aval(leaf)) for act, leaf in zip(trained, leaves, strict=True)):
+            raise ValueError(f"{self.name} has nothing to do: the state of {self.tx!r} has no array like a parameter")
+        state = self.tx.init(self.seen(params))
         return self._closed(jnp.zeros((), jnp.uint32), state, layout, structure, placed=True)
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, QuantizedState)
         leaves = Leaves.of(updates, params)
-        layout = self._layout(updates if params is None else params)
-        inner = _opened(state, layout, leaves.structure)
-        given = None if params is None else self._seen(params)
-        stepped, new, report = self.tx.step(self._seen(updates), inner, given, call)
+        structure = leaves.structure
+        layout = self.layout(leaves.updates if params is None else leaves.params, structure)
+        given = None if params is None else self.seen(params)
+        stepped, new, report = self.tx.step(self.seen(updates), _opened(state, layout, structure), given, call)
         if isinstance(self.tx, Alone):
-            steps = zip(leaves.structure.flatten_up_to(stepped), leaves.final, strict=True)
-            stepped = leaves.structure.unflatten([cast(one, dtype) for one, dtype in steps])
-        return stepped, self._closed(state.seed, new, layout, leaves.structure), report
+            steps = zip(structure.flatten_up_to(stepped), leaves.final, strict=True)
+            stepped = structure.unflatten([cast(one, dtype) for one, dtype in steps])
+        return stepped, self._closed(next_seed(state.seed), new, layout, structure), report
 
-    def _seen(self, tree: Any) -> Any:
+    def seen(self, tree: Any) -> Any:
         """Updates or parameters as the wrapped transformation gets them: ours computes in float32 whatever they are."""
         return jax.tree.map(widened, tree) if isinstance(self.tx, Alone) else tree
 
     def _closed(self, seed: Any, inner: Any, layout: Layout, structure: Any, placed: bool = False) -> QuantizedState:
-        """The state with every field coded."""
+        """The state with every field coded; where `placed`, on the devices of what is coded."""
         parts = layout.structure.flatten_up_to(inner)
         codes: dict[str, Any] = {}
         scales: dict[str, Any] = {}
         for number, (place, field) in enumerate(layout.fields):
             values = structure.flatten_up_to(parts[place])
+            own = seed_for(seed, number) if self.rounding == "stochastic" else None
             coded = [
-                (HOLE, HOLE)
-                if codec is None
-                else encoded(
-                    codec, value, seed_for(seed_for(seed, number), index) if self.rounding == "stochastic" else None
-                )
+                (HOLE, HOLE) if codec is None else encoded(codec, value, own, np.uint32(index))
                 for index, (codec, value) in enumerate(zip(field.codecs, values, strict=True))
             ]
             if placed:
-                coded = [_like(value, *pair) for value, pair in zip(values, coded, strict=True)]
+                coded = [_placed(value, *pair) for value, pair in zip(values, coded, strict=True)]
             codes[field.name], scales[field.name] = (structure.unflatten([pair[i] for pair in coded]) for i in (0, 1))
             kept = [value if codec is None else HOLE for codec, value in zip(field.codecs, values, strict=True)]
             parts[place] = structure.unflatten(kept)
-        return QuantizedState(next_seed(seed) if not placed else seed, codes, scales, layout.structure.unflatten(parts))
+        return QuantizedState(seed, codes, scales, layout.structure.unflatten(parts))
 
     # What is known before any array is there
 
-    def _layout(self, params: Any) -> Layout:
+    def layout(self, leaves: list[Any], structure: Any) -> Layout:
         """Where the fields are, for parameters of these shapes."""
-        leaves, structure = jax.tree.flatten(params)
         avals = tuple(map(trees.aval, leaves))
         try:
-            return _layout(self, structure, avals)
-        except TypeError as error:
-            if "unhashable" not in str(error):
-                raise
+            hash(self)
+        except TypeError:  # what is wrapped is not hashable
             return _layout.__wrapped__(self, structure, avals)
+        return _layout(self, structure, avals)
 
-    def _check_acts(self, layout: Layout, params: Any, leaves: list[Any]) -> None:
-        """Raise if no state is coded though there are leaves large enough."""
-        coded = any(codec is not None for _, field in layout.fields for codec in field.codecs)
-        large = [self._fits(trees.aval(leaf)) for leaf in leaves]
-        if not coded and any(
-            act and fits for act, fits in zip(trained_leaves(self.tx, params, params), large, strict=True)
-        ):
-            raise ValueError(f"{self.name} has nothing to do: the state of {self.tx!r} has no array like a parameter")
-
-    def _fits(self, aval: trees.Aval) -> bool:
+    def fits(self, aval: trees.Aval) -> bool:
         """Whether an array of this shape and dtype can be coded."""
         shape, dtype = aval
         size = int(np.prod(shape))
         real = dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize <= 4
         return real and size >= self.min_size and size % self.codec.block == 0
 
-    def _codec_of(self, path: str) -> Codec | None:
+    def codec_of(self, path: str) -> Codec | None:
         """How a field is coded; None if it is kept."""
         name = re.sub(r"_\d+$", "", path.rpartition("/")[2])
         told = dict(self.fields)
@@ -255,16 +239,16 @@ class QuantizeState(Wrapper):
 @functools.lru_cache(maxsize=256)
 def _layout(body: QuantizeState, structure: Any, avals: tuple[trees.Aval, ...]) -> Layout:
     shapes = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals])
-    state = jax.eval_shape(lambda params: body.tx.init(body._seen(params)), shapes)  # pyright: ignore[reportPrivateUsage] (its own)
+    state = jax.eval_shape(lambda params: body.tx.init(body.seen(params)), shapes)
     nodes, whole = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: _alike(node, structure, avals))
     fields: list[tuple[int, Field]] = []
     for place, (path, node) in enumerate(nodes):
         if _alike(node, structure, avals):
             name = jax.tree_util.keystr(path, simple=True, separator="/") or "state"
-            parts = [trees.aval(part) for part in structure.flatten_up_to(node)]
-            fits = [body._fits(aval) for aval in parts]  # pyright: ignore[reportPrivateUsage] (its own)
-            codec = body._codec_of(name) if any(fits) else None  # pyright: ignore[reportPrivateUsage] (its own)
-            fields.append((place, Field(name, tuple(codec if fit else None for fit in fits), tuple(parts))))
+            parts = tuple(trees.aval(part) for part in structure.flatten_up_to(node))
+            fits = [body.fits(aval) for aval in parts]
+            codec = body.codec_of(name) if any(fits) else None
+            fields.append((place, Field(name, tuple(codec if fit else None for fit in fits), parts)))
     return Layout(whole, tuple(fields))
 
 
@@ -277,52 +261,42 @@ def _alike(node: Any, structure: Any, avals: Iterable[trees.Aval]) -> bool:
     except ValueError:
         return False
     holes = [isinstance(part, optax.MaskedNode) for part in parts]
+    found = [(trees.aval(part)[0], trees.trainable(trees.aval(part)[1])) for part in parts]
     return not all(holes) and all(
-        hole or (trees.aval(part)[0] == shape and trees.trainable(trees.aval(part)[1]))
-        for hole, part, (shape, _) in zip(holes, parts, avals, strict=True)
+        hole or one == (shape, True) for hole, one, (shape, _) in zip(holes, found, avals, strict=True)
     )
 
 
 def _opened(state: QuantizedState, layout: Layout, structure: Any) -> Any:
     """The inner state with every field decoded, after checking that it is for these parameters."""
-    names = [field.name for _, field in layout.fields]
-    if (
-        not isinstance(state.codes, Mapping)
-        or sorted(state.codes) != sorted(names)
-        or sorted(state.scales) != sorted(names)
-    ):
-        raise ValueError(f"state.codes has {sorted(state.codes)}, this transformation's has {sorted(names)}; {_ANEW}")
+    names = sorted(field.name for _, field in layout.fields)
+    if sorted(state.codes) != names or sorted(state.scales) != names:
+        raise ValueError(f"state.codes has the fields {sorted(state.codes)}, here they are {names}; {_ANEW}")
     try:
         parts = layout.structure.flatten_up_to(state.inner)
     except ValueError as error:
-        raise ValueError(
-            f"state.inner is not of the wrapped transformation, or for other parameters; {_ANEW}"
-        ) from error
+        raise ValueError(f"state.inner is not of what is wrapped, or for other parameters; {_ANEW}") from error
     for place, field in layout.fields:
         kept = column(f"state.inner.{field.name}", parts[place], structure)
-        codes, scales = (
-            column(f"state.{k}[{field.name!r}]", getattr(state, k)[field.name], structure) for k in ("codes", "scales")
-        )
-        values: list[Any] = []
+        codes = column(f"state.codes[{field.name!r}]", state.codes[field.name], structure)
+        scales = column(f"state.scales[{field.name!r}]", state.scales[field.name], structure)
         for index, (codec, aval) in enumerate(zip(field.codecs, field.avals, strict=True)):
-            if codec is None:
-                values.append(kept[index])
-                continue
-            shapes = coded_avals(codec, aval[0])
-            for kind, some, expected in zip(("codes", "scales"), (codes, scales), shapes, strict=True):
-                if expected is not None:
-                    name = f"state.{kind}[{field.name!r}]"
-                    trees.check_slot(name, some[index], expected, structure, index, check_dtype=True)
-            values.append(decoded(codec, aval, codes[index], scales[index]))
-        parts[place] = structure.unflatten(values)
+            if codec is not None:
+                expected = coded_avals(codec, aval[0])
+                for kind, some, one in zip(("codes", "scales"), (codes, scales), expected, strict=True):
+                    if one is not None:
+                        name = f"state.{kind}[{field.name!r}]"
+                        trees.check_slot(name, some[index], one, structure, index, check_dtype=True)
+                kept[index] = decoded(codec, aval, codes[index], scales[index])
+        parts[place] = structure.unflatten(kept)
     return layout.structure.unflatten(parts)
 
 
 _ANEW = "call init(params) again"
 
 
-def _like(value: Any, codes: Any, scales: Any) -> tuple[Any, Any]:
-    """Codes and scales on the devices of the array that they stand for, in the same parts where these are whole blocks."""
+def _placed(value: Any, codes: Any, scales: Any) -> tuple[Any, Any]:
+    """Codes and scales on the devices of what they stand for, in the same parts where these are whole blocks."""
     sharding = getattr(value, "sharding", None) if trees.concrete(value) else None
     if isinstance(codes, optax.MaskedNode) or not isinstance(sharding, NamedSharding):
         return codes, scales
@@ -350,7 +324,7 @@ def blocked(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def coded_avals(codec: Codec, shape: tuple[int, ...]) -> tuple[trees.Aval, trees.Aval | None]:
-    """Shape and dtype of the codes and the scales of an array; no scales, None."""
+    """Shape and dtype of the codes and the scales of an array; None if there are no scales."""
     codes = shape
     if codec.per_code > 1:
         whole = bool(shape) and shape[-1] % codec.per_code == 0
@@ -360,11 +334,12 @@ def coded_avals(codec: Codec, shape: tuple[int, ...]) -> tuple[trees.Aval, trees
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]:
-    """Codes, in the shape of the array, and scales."""
+def encoded(codec: Codec, value: Array, seed: Array | None, place: Any) -> tuple[Array, Any]:
+    """Codes, in the shape of the array, and scales; rounded at random where there is a seed."""
     with jax.numpy_dtype_promotion("standard"):
-        bits = None if seed is None else random_bits(seed, value.shape).reshape(blocked(codec, value.shape))
-        codes, scales = codec.encode(cast(value, jnp.float32).reshape(blocked(codec, value.shape)), bits)
+        rows = blocked(codec, value.shape)
+        bits = None if seed is None else random_bits(seed_for(seed, place), value.shape).reshape(rows)
+        codes, scales = codec.encode(cast(value, jnp.float32).reshape(rows), bits)
         return codes.reshape(coded_avals(codec, value.shape)[0][0]), HOLE if scales is None else scales
 
 
@@ -374,5 +349,5 @@ def decoded(codec: Codec, aval: trees.Aval, codes: Array, scales: Any) -> Array:
     with jax.numpy_dtype_promotion("standard"):
         *rows, block = blocked(codec, aval[0])
         some = None if isinstance(scales, optax.MaskedNode) else scales
-        blocks = codec.decode(codes.reshape(*rows, block // codec.per_code if codec.per_code > 1 else block), some)
+        blocks = codec.decode(codes.reshape(*rows, block // codec.per_code), some)
         return cast(blocks.reshape(aval[0]), aval[1])
