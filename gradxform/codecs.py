@@ -240,8 +240,9 @@ class _Mapped(Codec):
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
         largest, numbers = self.largest(blocks), self.map
         smallest = smallest_normal(np.float32) / (1.0 if self.signed else float(numbers[numbers > 0].min()))
-        scales = jnp.where(largest == 0, 0, jnp.maximum(largest, np.float32(smallest)))
-        shares = blocks / jnp.where(scales > 0, scales, 1)[..., None]
+        # the inverse of 2¹²⁶ is the smallest normal number; larger ones, of 3e38 at most, become this
+        scales = jnp.where(largest == 0, 0, jnp.clip(largest, np.float32(smallest), np.float32(2.0**126)))
+        shares = blocks * _inverse(scales)
         if bits is None:
             codes = self.count(shares, midpoints(numbers))
         else:

@@ -156,6 +156,7 @@ ELSEWHERE = {
     "test_parity_guards.py": {"clip_by_average_norm", "clip_by_param_norm", "clip_by_zscore", "skip_spikes"},
     "test_guards.py": {"skip_nonfinite"},
     "test_observe.py": {"observe"},
+    "test_quantization.py": {"quantize_state"},
     "test_low_precision.py": {"compensated", "master_weights", "stochastic_rounding"},
 }
 
