@@ -275,8 +275,8 @@ class Dynamic8(_Mapped):
 
     def count(self, shares: Array, bounds: np.ndarray[Any, np.dtype[np.float32]]) -> Array:
         table = jnp.asarray(np.append(bounds, np.float32(np.inf)))
-        found = jnp.zeros(shares.shape, np.int32)
-        for half in (128, 64, 32, 16, 8, 4, 2, 1):
+        found = jnp.where(shares >= bounds[127], 128, 0).astype(np.int32)
+        for half in (64, 32, 16, 8, 4, 2, 1):
             bound = table.at[found + (half - 1)].get(mode="promise_in_bounds")
             found += jnp.where(shares >= bound, half, 0)
         return found
