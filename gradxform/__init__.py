@@ -44,6 +44,8 @@ from gradxform.wrappers.low_precision import master_weights as master_weights
 from gradxform.wrappers.low_precision import stochastic_rounding as stochastic_rounding
 from gradxform.wrappers.observation import ObserveState as ObserveState
 from gradxform.wrappers.observation import observe as observe
+from gradxform.wrappers.quantization import QuantizedState as QuantizedState
+from gradxform.wrappers.quantization import quantize_state as quantize_state
 from gradxform.wrappers.skipping import SkipState as SkipState
 from gradxform.wrappers.skipping import skip_nonfinite as skip_nonfinite
 from gradxform.wrappers.skipping import skip_spikes as skip_spikes

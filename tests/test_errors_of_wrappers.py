@@ -25,6 +25,7 @@ WRAPPERS = {
     "stochastic_rounding": lambda tx: gx.stochastic_rounding(tx, 0),
     "compensated": gx.compensated,
     "master_weights": gx.master_weights,
+    "quantize_state": gx.quantize_state,
     "by_path": lambda tx: gx.by_path({"w": {"weight_decay": 0.0}, "b": tx}, default=None if tx is None else tx),
     "clip_by_zscore": lambda tx: gx.chain(gx.clip_by_zscore(), tx),
     "clip_by_average_norm": lambda tx: gx.chain(gx.clip_by_average_norm(), tx),

@@ -33,6 +33,7 @@ OPTIMIZERS = {
     ),
     "stochastic rounding": gx.stochastic_rounding(gx.adamw(0.02), 0),
     "compensated": gx.compensated(gx.adamw(0.02), "int8"),
+    "8-bit moments": gx.quantize_state(gx.adamw(0.02), min_size=256),
     "master weights": gx.master_weights(gx.accumulate(gx.adamw(0.02), every=4)),
 }
 LOW_PRECISION = {"stochastic rounding", "compensated", "master weights"}
