@@ -72,21 +72,25 @@ def round_to(x: Array, dtype: Any, bits: Array | None = None) -> Array:
     return jnp.where(jnp.isfinite(x) & (x != 0), grid, x)
 
 
-def rounded_at_random(x: Array, dtype: Any, seed: Array) -> Array:
-    """`x` rounded stochastically to an array of `dtype`, with bits that are a hash of `seed` and the number itself.
+def own_bits(x: Array, seed: Array) -> Array:
+    """32 bits per float32 number of which the upper ones are random: a hash of `seed` and the number itself.
 
-    Right in the mean over seeds for every number, whatever its neighbours are, and no two devices need to know where in
-    the array they are. Equal numbers of one step go the same way, which moments can bear; `random_bits` are for what
-    cannot.
+    Over seeds uniform for every number, whatever its neighbours are, and no device needs to know where in the array it
+    is. Equal numbers of one step get equal bits, which moments can bear; `random_bits` are for what cannot.
     """
+    return jax.lax.bitcast_convert_type(x, np.uint32) * np.uint32(_GOLDEN) + seed
+
+
+def rounded_at_random(x: Array, dtype: Any, seed: Array) -> Array:
+    """`x` rounded stochastically to an array of `dtype`, with `own_bits`."""
     if x.dtype != np.float32:  # float64: its last bits count for nothing beside those dropped
         return rounded_at_random(cast(x, np.float32), dtype, seed)
     # in few operations, for they are all that a step of bfloat16 moments waits for
-    pattern = jax.lax.bitcast_convert_type(x, np.uint32)
-    bits = pattern * np.uint32(_GOLDEN) + seed
+    bits = own_bits(x, seed)
     if dtype != jnp.bfloat16:
         return jax.lax.convert_element_type(round_to(x, dtype, bits), dtype)
     # beyond the largest number the bits are cut off, which gives that number, and keeps infinity and NaN
+    pattern = jax.lax.bitcast_convert_type(x, np.uint32)
     raised = jnp.where(jnp.abs(x) < float(jnp.finfo(dtype).max), pattern + (bits >> np.uint32(16)), pattern)
     grid = jax.lax.bitcast_convert_type(raised & np.uint32(0xFFFF0000), np.float32)
     return jax.lax.convert_element_type(grid, dtype)

@@ -16,6 +16,7 @@ from gradxform.core import rules as one_array
 from gradxform.core import trees
 from gradxform.core.arguments import visible_dtype
 from gradxform.core.body import Alone, Call, Report
+from gradxform.core.coded import Coded, coded_update
 from gradxform.core.compiled import How, gathered, landed, on_leaf, owned_slots, prepared, slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, masked, widened
 from gradxform.core.masks import Mask
@@ -161,7 +162,7 @@ def run_rules(
     scalars, own, memory, report = _scalars(segment, rules, state, values, leaves, call)
     compiled = {id(some): on_leaf(some) for some in {id(some): some for some in rules}.values() if _acts(some)}
     results = [
-        compiled[id(some)](
+        (coded_update(some) if any(isinstance(one, Coded) for one in slot) else compiled[id(some)])(
             how, dtype if how == "wide" else final, dtype, scalars[dtype], number, update, slot, param, taken
         )
         if id(some) in compiled
@@ -225,6 +226,8 @@ def _slots_by_leaf(
             expected[kind] = slot_avals(some, shape, dtype)
         for place, slot in enumerate(slots):
             field = f"state.{segment.fields[place]}"
+            if isinstance(slot, Coded):
+                continue  # `quantize_state` has checked it
             if place in own:
                 known = leaves.whole_params is not None
                 trees.check_slot(field, slot, expected[kind][own[place]], leaves.structure, index, check_dtype=known)

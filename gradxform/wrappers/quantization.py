@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,12 @@ from gradxform.codecs import CODECS, Codec
 from gradxform.core import trees
 from gradxform.core.arguments import count_of
 from gradxform.core.body import Alone, Call, Report, Transformation, Wrapper, body_of
+from gradxform.core.coded import Coded
 from gradxform.core.leaves import HOLE, Leaves, column, trained_leaves, widened
+from gradxform.core.program import Program
 from gradxform.core.state import check_state_type, get_hyperparams
-from gradxform.numerics import Array, cast, next_seed, random_bits, seed_for
+from gradxform.core.trees import unless
+from gradxform.numerics import Array, cast, next_seed, own_bits, seed_for
 
 
 class QuantizedState(NamedTuple):
@@ -171,16 +174,46 @@ class QuantizeState(Wrapper):
         return self._closed(jnp.zeros((), jnp.uint32), state, layout, structure, placed=True)
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        return self._run(self.tx.step, updates, state, params, call)
+
+    def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
+        if not self._by_block(updates, params):
+            return super().guarded(updates, state, params, call, taken)
+        return self._run(functools.partial(self.tx.guarded, taken=taken), updates, state, params, call, taken)
+
+    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
+        if not self._by_block(updates, params):
+            return super().advance(updates, state, params, call, taken)
+        return self._run(functools.partial(self.tx.advance, taken=taken), updates, state, params, call, taken)
+
+    def _run(
+        self, inner_step: Callable[..., Any], updates: Any, state: Any, params: Any, call: Call, taken: Any = None
+    ) -> tuple[Any, Any, Report]:
+        """What the wrapped transformation does in `inner_step`, on a state that is decoded, or is block by block."""
         check_state_type(self.name, state, QuantizedState)
         leaves = Leaves.of(updates, params)
         structure = leaves.structure
         layout = self.layout(leaves.updates if params is None else leaves.params, structure)
         given = None if params is None else self.seen(params)
-        stepped, new, report = self.tx.step(self.seen(updates), _opened(state, layout, structure), given, call)
+
+        def coded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Coded:
+            return Coded(codec, codes, scales, self._seed(state.seed, number))
+
+        opened = _opened(state, layout, structure, coded if self._by_block(updates, params) else _decoded)
+        stepped, new, report = inner_step(self.seen(updates), opened, given, call)
         if isinstance(self.tx, Alone):
             steps = zip(structure.flatten_up_to(stepped), leaves.final, strict=True)
             stepped = structure.unflatten([cast(one, dtype) for one, dtype in steps])
-        return stepped, self._closed(next_seed(state.seed), new, layout, structure), report
+        after = unless(taken, state.seed, next_seed(state.seed))
+        return stepped, self._closed(state.seed, new, layout, structure)._replace(seed=after), report
+
+    def _by_block(self, updates: Any, params: Any) -> bool:
+        """Whether the wrapped transformation acts on any block of an array as on the whole."""
+        if not isinstance(self.tx, Program) or not self.tx.by_element:
+            return False
+        leaves, structure = jax.tree.flatten(updates if params is None else params)
+        fields = {field.name for _, field in self.layout(leaves, structure).fields}
+        return fields == {name for segment in self.tx.segments for name in getattr(segment, "fields", ())}
 
     def seen(self, tree: Any) -> Any:
         """Updates or parameters as the wrapped transformation gets them: ours computes in float32 whatever they are."""
@@ -193,10 +226,14 @@ class QuantizeState(Wrapper):
         scales: dict[str, Any] = {}
         for number, (place, field) in enumerate(layout.fields):
             values = structure.flatten_up_to(parts[place])
-            own = seed_for(seed, number) if self.rounding == "stochastic" else None
+            own = self._seed(seed, number)
             coded = [
-                (HOLE, HOLE) if codec is None else encoded(codec, value, own, np.uint32(index))
-                for index, (codec, value) in enumerate(zip(field.codecs, values, strict=True))
+                (HOLE, HOLE)
+                if codec is None
+                else (value.codes, value.scales)
+                if isinstance(value, Coded)
+                else encoded(codec, value, own)
+                for codec, value in zip(field.codecs, values, strict=True)
             ]
             if placed:
                 coded = [_placed(value, *pair) for value, pair in zip(values, coded, strict=True)]
@@ -204,6 +241,10 @@ class QuantizeState(Wrapper):
             kept = [value if codec is None else HOLE for codec, value in zip(field.codecs, values, strict=True)]
             parts[place] = structure.unflatten(kept)
         return QuantizedState(seed, codes, scales, layout.structure.unflatten(parts))
+
+    def _seed(self, seed: Any, number: int) -> Any:
+        """Of the bits that round one of the fields."""
+        return seed_for(seed, number) if self.rounding == "stochastic" else None
 
     # What is known before any array is there
 
@@ -267,8 +308,8 @@ def _alike(node: Any, structure: Any, avals: Iterable[trees.Aval]) -> bool:
     )
 
 
-def _opened(state: QuantizedState, layout: Layout, structure: Any) -> Any:
-    """The inner state with every field decoded, after checking that it is for these parameters."""
+def _opened(state: QuantizedState, layout: Layout, structure: Any, opened: Callable[..., Any]) -> Any:
+    """The inner state with `opened` of what is coded, after checking that it is for these parameters."""
     names = sorted(field.name for _, field in layout.fields)
     if sorted(state.codes) != names or sorted(state.scales) != names:
         raise ValueError(f"state.codes has the fields {sorted(state.codes)}, here they are {names}; {_ANEW}")
@@ -276,7 +317,7 @@ def _opened(state: QuantizedState, layout: Layout, structure: Any) -> Any:
         parts = layout.structure.flatten_up_to(state.inner)
     except ValueError as error:
         raise ValueError(f"state.inner is not of what is wrapped, or for other parameters; {_ANEW}") from error
-    for place, field in layout.fields:
+    for number, (place, field) in enumerate(layout.fields):
         kept = column(f"state.inner.{field.name}", parts[place], structure)
         codes = column(f"state.codes[{field.name!r}]", state.codes[field.name], structure)
         scales = column(f"state.scales[{field.name!r}]", state.scales[field.name], structure)
@@ -287,9 +328,13 @@ def _opened(state: QuantizedState, layout: Layout, structure: Any) -> Any:
                     if one is not None:
                         name = f"state.{kind}[{field.name!r}]"
                         trees.check_slot(name, some[index], one, structure, index, check_dtype=True)
-                kept[index] = decoded(codec, aval, codes[index], scales[index])
+                kept[index] = opened(number, codec, aval, codes[index], scales[index])
         parts[place] = structure.unflatten(kept)
     return layout.structure.unflatten(parts)
+
+
+def _decoded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Array:
+    return decoded(codec, aval, codes, scales)
 
 
 _ANEW = "call init(params) again"
@@ -334,12 +379,12 @@ def coded_avals(codec: Codec, shape: tuple[int, ...]) -> tuple[trees.Aval, trees
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encoded(codec: Codec, value: Array, seed: Array | None, place: Any) -> tuple[Array, Any]:
+def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]:
     """Codes, in the shape of the array, and scales; rounded at random where there is a seed."""
     with jax.numpy_dtype_promotion("standard"):
         rows = blocked(codec, value.shape)
-        bits = None if seed is None else random_bits(seed_for(seed, place), value.shape).reshape(rows)
-        codes, scales = codec.encode(cast(value, jnp.float32).reshape(rows), bits)
+        blocks = cast(value, jnp.float32).reshape(rows)
+        codes, scales = codec.encode(blocks, None if seed is None else own_bits(blocks, seed))
         return codes.reshape(coded_avals(codec, value.shape)[0][0]), HOLE if scales is None else scales
 
 
