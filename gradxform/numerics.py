@@ -233,7 +233,8 @@ def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
         squares = jnp.stack([sum(_sum_of_squares(run, scale) for run in _runs(group)) for group in groups])
         sizes = jnp.sqrt(squares) / scale
         sizes = jnp.where(jnp.isfinite(squares), jnp.minimum(sizes, float(info.max)), sizes)
-        return number + 1, jnp.where(jnp.max(sizes) < 1, 2.0 ** (half - 1), 2.0 ** (-5 * half // 4)), sizes
+        other = jnp.where(jnp.max(sizes) < 1, 2.0 ** (half - 1), 2.0 ** (-5 * half // 4))
+        return number + 1, other.astype(info.dtype), sizes
 
     def unusual(carry: tuple[Array, Array, Array]) -> Array:
         number, _, sizes = carry
@@ -241,7 +242,8 @@ def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
         return (number == 0) | ((number == 1) & ~((largest > lowest) & (largest < highest)))
 
     # a number of the arrays, so that inside shard_map what is carried varies as they do; adding it to 1 changes nothing
-    nothing = functools.reduce(jnp.add, [jnp.where(False, group[0].real.ravel()[0], 0) for group in groups])
+    firsts = [jnp.where(False, group[0].real.ravel()[0], 0) for group in groups if group[0].size]
+    nothing = functools.reduce(jnp.add, firsts, jnp.zeros((), info.dtype)).astype(info.dtype)
     start = (jnp.zeros((), np.int32), 1 + nothing, jnp.zeros(len(groups), info.dtype) + nothing)
     return jax.lax.while_loop(unusual, attempt, start)[2]
 

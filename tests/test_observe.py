@@ -347,3 +347,13 @@ def test_the_state_of_another_transformation_is_refused():
     tx = gx.observe(gx.sgd(0.1))
     with pytest.raises(TypeError, match="state is State, observe's is ObserveState"):
         tx.update(GRADIENTS[0], gx.sgd(0.1).init(PARAMS), PARAMS)
+
+
+def test_the_gradient_alone():
+    tx = gx.observe(gx.skip_nonfinite(gx.chain(gx.clip_by_global_norm(1.0), TRAINED)), by="leaf", of="gradient")
+    _, state = tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS)
+    trained = PATHS[1:]
+    expected = {f"{kind}/{path}" for kind in ("grad_norm", "nonfinite") for path in trained}
+    assert set(state.metrics) == expected | {"grad_norm", "nonfinite", "clipped"}
+    with pytest.raises(ValueError, match="of must be one of 'all', 'gradient', got 'params'"):
+        gx.observe(TRAINED, of="params")

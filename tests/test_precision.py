@@ -132,16 +132,25 @@ def test_mu_dtype_is_the_dtype_of_the_first_moment_only():
 
 
 def test_a_low_precision_moment_is_rounded_once_per_step_to_a_neighbour():
-    grads = jnp.full(1000, 1 / 3, jnp.float32)
-    _, state = walk(gx.scale_by_momentum(0.9, state_dtype="bfloat16"), grads, grads[None], steps=1)
+    tx = gx.scale_by_momentum(0.9, state_dtype="bfloat16")
+    state = tx.init(jnp.zeros(()))
+
+    @jax.vmap
+    def at_step(count):
+        return tx.update(jnp.asarray(1 / 3, jnp.float32), state._replace(count=count))
+
+    # the draw depends on the number and the step: the same number at 1000 steps
+    updates, after = at_step(jnp.arange(1000, dtype=jnp.int32))
     exact = np.float32(1 / 3) * np.float32(1 - 0.9)
     below = float(np.array(np.float32(exact).view(np.uint32) & 0xFFFF0000, np.uint32).view(np.float32))
     above = below + 2.0**-12  # the step of bfloat16 at 1/30
-    assert set(np.unique(state.mu).astype(float)) == {below, above}
+    assert set(np.unique(after.mu).astype(float)) == {below, above}
     assert below < exact < above
     # the mean of 1000 draws: five standard errors
     share = (exact - below) / (above - below)
-    assert abs((np.asarray(state.mu, float) == above).mean() - share) < 5 * (share * (1 - share) / 1000) ** 0.5
+    assert abs((np.asarray(after.mu, float) == above).mean() - share) < 5 * (share * (1 - share) / 1000) ** 0.5
+    # the update is made of what is stored
+    np.testing.assert_array_equal(updates, np.asarray(after.mu, np.float32))
 
 
 # The arithmetic

@@ -66,5 +66,7 @@ def step(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, 
       >>> print(params)
       [ 0.1 -0.1]
     """
+    if params is None:
+        raise ValueError("step needs the parameters: call step(tx, grads, state, params)")
     new_params, new_state, _ = body_of("tx of step", tx).advance(grads, state, params, Call(extra_args))
     return new_params, new_state

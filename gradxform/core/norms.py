@@ -68,8 +68,8 @@ def bad_leaves(leaves: Leaves, acts: Sequence[bool], norm: jax.Array) -> jax.Arr
 @jax.jit
 def _bad(kinds: list[list[jax.Array]], norm: jax.Array) -> jax.Array:
     def count() -> jax.Array:
-        finite = [jnp.isfinite(jnp.stack(kind)) for kind in kinds]
-        return sum((jnp.sum(~one.all(range(1, one.ndim)), dtype=np.int32) for one in finite), start=nothing)
+        sums = [jnp.sum(numerics.zero_if_finite(jnp.stack(kind)), range(1, kind[0].ndim + 1)) for kind in kinds]
+        return sum((jnp.sum(jnp.isnan(one), dtype=np.int32) for one in sums), start=nothing)
 
     nothing = jnp.zeros((), np.int32)
     with jax.numpy_dtype_promotion("standard"):

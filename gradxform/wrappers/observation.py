@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from gradxform.core import trees
-from gradxform.core.arguments import axes, visible_dtype
+from gradxform.core.arguments import axes, one_of, visible_dtype
 from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.masks import Table, table_of
@@ -40,6 +40,7 @@ def observe(
     tx: optax.GradientTransformation,
     by: str | Mapping[str, str | re.Pattern[str]] | None = None,
     *,
+    of: str = "all",
     axis_name: str | Sequence[str] | None = None,
 ) -> Transformation:
     """u ← tx(g), and ‖g‖, ‖u‖, ‖θ‖, ‖u‖/‖θ‖ into the state, where `metrics` finds them.
@@ -56,6 +57,9 @@ def observe(
       tx: Any transformation.
       by: What to tell apart besides: ``"leaf"``, ``"group"`` (those of `by_path` in ``tx``), or a dict from names to
         path patterns, whose leaves may overlap; adds ``grad_norm/<name>`` and so on. None for totals only.
+      of: ``"all"``, or ``"gradient"`` for its norm alone (``grad_norm``, ``nonfinite`` and what ``tx`` tells), which
+        costs nothing where ``tx`` clips or guards. The norms of update and parameters need the update as an array of
+        its own, which a compiled step does not have otherwise: on a CPU they take as long as the step.
       axis_name: See `clip_by_global_norm`.
 
     Returns:
@@ -87,7 +91,8 @@ def observe(
         )
     elif by not in (None, "leaf", "group"):
         raise TypeError(f"by must be 'leaf', 'group', a dict from names to patterns, or None, got {by!r}")
-    return Transformation.of(Observe(body_of("tx of observe", tx), parts, axes("axis_name", axis_name)))
+    body = body_of("tx of observe", tx)
+    return Transformation.of(Observe(body, parts, one_of("of", of, *_KINDS), axes("axis_name", axis_name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +110,27 @@ class Observe(Wrapper):
     """The body of `observe`."""
 
     by: str | Parts | None = None
+    of: str = "all"
     axis_name: tuple[str, ...] | None = None
 
     def init(self, params: Any) -> ObserveState:
         _, structure = trees.flatten("params", params)
         acts = trained_leaves(self.tx, params, params)
-        names = [name for part in self._parts(params, structure, acts) for name in _names(part)]
+        names = self._names(self._parts(params, structure, acts))
         nothing = {name: jnp.zeros((), visible_dtype()) for name in sorted([*names, *self.reports])}
         return ObserveState(nothing, self.tx.init(params))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        return self._run(self.tx.step, updates, state, params, call)
+
+    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
+        if taken is not None or self.of == "all":
+            return super().advance(updates, state, params, call, taken)
+        return self._run(self.tx.advance, updates, state, params, call)
+
+    def _run(
+        self, inner_step: Callable[..., Any], updates: Any, state: Any, params: Any, call: Call
+    ) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, ObserveState)
         if params is None:
             raise ValueError("observe needs the parameters: call update(updates, state, params)")
@@ -131,15 +147,20 @@ class Observe(Wrapper):
 
         gradient = norms(updates)
         nonfinite = bad_leaves(leaves, acts, gradient[0])[None] if whole else ~jnp.isfinite(gradient)
-        new_updates, inner, report = self.tx.step(updates, state.inner, params, call)
+        stepped, inner, report = inner_step(updates, state.inner, params, call)
         parts = self._parts(params, leaves.structure, acts)
         chosen = [[True]] if whole else parts.values()
         places = tuple(tuple(np.flatnonzero(some).tolist()) for some in chosen)
-        values = _metrics(places, visible_dtype(), gradient, nonfinite, norms(new_updates), norms(params))
-        names = [name for part in parts for name in _names(part)]
+        others = (norms(stepped), norms(params)) if self.of == "all" else ()
+        values = _metrics(places, visible_dtype(), gradient, nonfinite, *others)
+        names = self._names(parts)
         told = {name: jnp.asarray(value, visible_dtype()) for name, value in report.items()}
         metrics = dict(sorted((dict(zip(names, values, strict=True)) | told).items()))
-        return new_updates, ObserveState(metrics, inner), report
+        return stepped, ObserveState(metrics, inner), report
+
+    def _names(self, parts: Iterable[str]) -> list[str]:
+        """What is measured of all parts, in the order of `_metrics`."""
+        return [f"{name}/{part}" if part else name for part in parts for name in _KINDS[self.of]]
 
     def _parts(self, params: Any, structure: Any, acts: list[bool]) -> dict[str, list[bool]]:
         """Of the leaves that count, those of every part that is told apart, by name; all under the empty name."""
@@ -157,11 +178,10 @@ class Observe(Wrapper):
         return {name: some for name, some in counted.items() if not name or any(some)}
 
 
-_MEASURED = ("grad_norm", "update_norm", "param_norm", "update_ratio", "nonfinite")
-
-
-def _names(part: str) -> list[str]:
-    return [f"{name}/{part}" if part else name for name in _MEASURED]
+_KINDS = {
+    "all": ("grad_norm", "nonfinite", "update_norm", "param_norm", "update_ratio"),
+    "gradient": ("grad_norm", "nonfinite"),
+}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -170,8 +190,7 @@ def _metrics(
     dtype: Any,
     gradient: jax.Array,
     nonfinite: jax.Array,
-    update: jax.Array,
-    param: jax.Array,
+    *others: jax.Array,
 ) -> list[jax.Array]:
     """The metrics of every part, given by its places among the norms."""
     alone = [part[0] for part in parts if len(part) == 1]
@@ -182,7 +201,8 @@ def _metrics(
         several = [over(norms[some]).astype(dtype)[None] for some in together]
         return jnp.concatenate([*several, norms[np.asarray(alone, np.int32)].astype(dtype)])[order]
 
-    grads, steps, weights = (of_parts(norms, total) for norms in (gradient, update, param))
-    ratios = jnp.where(weights > 0, steps / jnp.where(weights > 0, weights, 1), 0)
-    bad = of_parts(nonfinite.astype(dtype), jnp.sum)
-    return list(jnp.stack([grads, steps, weights, ratios, bad], axis=1).ravel())
+    columns = [of_parts(gradient, total), of_parts(nonfinite.astype(dtype), jnp.sum)]
+    if others:
+        steps, weights = (of_parts(norms, total) for norms in others)
+        columns += [steps, weights, jnp.where(weights > 0, steps / jnp.where(weights > 0, weights, 1), 0)]
+    return list(jnp.stack(columns, axis=1).ravel())
