@@ -231,7 +231,7 @@ BAD = {
 
 @pytest.fixture
 def no_tracer_stays():
-    """None is alive afterwards that was not before. What is older is frozen: to look through all of it takes seconds."""
+    """None is alive afterwards that was not before. What is older is frozen: to look through it takes seconds."""
     gc.freeze()
     yield
     gc.collect()
