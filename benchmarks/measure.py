@@ -22,7 +22,7 @@ import numpy as np
 from cases import BUILD, COMPILE, COPIES, EQUATIONS, IMPORT, PEAK, STATE, STEP, TEMPORARIES, TRACE, UNJITTED, Case
 from libraries import Contender, JaxRun, Run, TorchRun
 from results import Result, Values
-from workloads import Tree, flattened, size, trees
+from workloads import Shapes, Tree, flattened, size, trees
 
 Task: TypeAlias = Callable[[], Any]
 
@@ -63,7 +63,11 @@ def measure(case: Case, tick: Tick) -> list[Result]:
     if UNJITTED in case.figures:
         timed[UNJITTED] = unjitted(case, params, grads, tick)
     base = case.contenders[0].name
-    numbers = {name: exact_figures(program, case) for name, program in programs.items()}
+    numbers = {name: exact_figures(program, case.shapes) for name, program in programs.items()}
+    if jax.default_backend() != "cpu":
+        for name, program in programs.items():
+            most = peak_in_fresh_process(case, program.contender)
+            numbers[name] |= {} if most is None else {PEAK: most / size(case.shapes)}
     exact = {
         figure: {name: [values[figure]] for name, values in numbers.items()}
         for figure in (numbers[base] if numbers else ())
@@ -109,10 +113,7 @@ def cold_start(
 ) -> tuple[Program, dict[str, float]]:
     """Forget everything, then take the step of a new optimizer to where it can run, and say how long that took."""
     contender.forget()
-    tx = contender.make()
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), contender.layout(params))
-    arguments = jax.eval_shape(lambda params, grads: (params, tx.init(params), grads), like, like)
-    step = contender.step(tx)
+    step, arguments = prepared(contender, params, grads)
     jax.clear_caches()
     with quiet():
         times = [time.perf_counter()]
@@ -124,6 +125,20 @@ def cold_start(
     trace, compile_ = np.diff(times).tolist()
     seconds = {TRACE: trace, **({COMPILE: compile_, BUILD: trace + compile_} if compiles else {})}
     return Program(contender, arguments, traced, compiled), seconds
+
+
+def prepared(contender: Contender, params: Tree, grads: Tree) -> tuple[Any, Any]:
+    """The step of a new optimizer, and shapes of what it takes."""
+    tx = contender.make()
+    trees = (contender.layout(params), contender.layout(grads))
+    return contender.step(tx), jax.eval_shape(lambda params, grads: (params, tx.init(params), grads), *trees)
+
+
+def built(contender: Contender, params: Tree, grads: Tree) -> Program:
+    """The step, traced and compiled with whatever is in the caches."""
+    step, arguments = prepared(contender, params, grads)
+    traced = step.trace(*arguments)
+    return Program(contender, arguments, traced, traced.lower().compile())
 
 
 def steps(case: Case, programs: Mapping[str, Program], params: Tree, grads: Tree, tick: Tick) -> Values:
@@ -207,18 +222,16 @@ def check_equal(case: Case, runs: Sequence[Run], start: Tree) -> None:
                 assert equal, f"{name} of {run.name} and of {runs[0].name} differ at {leaf}"
 
 
-def exact_figures(program: Program, case: Case) -> dict[str, float]:
+def exact_figures(program: Program, shapes: Shapes) -> dict[str, float]:
     """What does not depend on the machine's mood."""
-    smallest = min(map(math.prod, case.shapes.values()))
+    count, smallest = size(shapes), min(map(math.prod, shapes.values()))
     _, state, _ = program.arguments
-    figures = {
-        TEMPORARIES: program.compiled.memory_analysis().temp_size_in_bytes / size(case.shapes),
+    return {
+        TEMPORARIES: program.compiled.memory_analysis().temp_size_in_bytes / count,
         COPIES: count_copies(program.compiled.as_text(), smallest),
         EQUATIONS: count_equations(program.traced.jaxpr, set()),
-        STATE: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / size(case.shapes),
+        STATE: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count,
     }
-    peak = None if jax.default_backend() == "cpu" else peak_in_fresh_process(case, program.contender)
-    return figures if peak is None else {**figures, PEAK: peak / size(case.shapes)}
 
 
 def count_copies(text: str, smallest: int) -> int:
@@ -251,8 +264,7 @@ def peak_in_fresh_process(case: Case, contender: Contender) -> int | None:
 def peak(case: Case, contender: Contender) -> int | None:
     """The peak of this process after two steps, None where the device does not say."""
     params, grads = trees(case.shapes)
-    program, _ = cold_start(contender, params, grads)
-    run = program.start(params, jax.tree.map(jnp.array, contender.layout(grads)))
+    run = built(contender, params, grads).start(params, jax.tree.map(jnp.array, contender.layout(grads)))
     run()
     run()
     stats = jax.devices()[0].memory_stats() or {}

@@ -22,7 +22,7 @@ from rich.table import Table
 HOW_TO_READ = (
     "Times are of one step (one call of several timed together), medians of interleaved rounds with the quartiles in "
     "brackets. A ratio of times is the median over the rounds of the time divided by the base's in the same round: "
-    "below 1 is faster. The other figures are exact: the same on every run with the same versions."
+    "below 1 is faster. A build is trace, lower and compile from cold caches. The other figures are exact: the same on every run with the same versions."
 )
 GOALS = ("work", "figure", "who", "value", "base", "ratio", "to reach", "")
 EXACT = (TEMPORARIES, COPIES, EQUATIONS, STATE)

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(peak(case, next(some for some in case.contenders if some.name == who))))
         return 0
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
     results = []
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(map(count_ticks, chosen)))

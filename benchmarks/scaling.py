@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts, sizes = (QUICK_COUNTS, QUICK_SIZES) if options.quick else (COUNTS, SIZES)
 
     def point(name: str, shapes: Shapes, contenders: tuple[Contender, ...], *figures: str) -> Case:
-        repeats = 1 if len(shapes) > 300 else 3
+        repeats = 1 if options.quick or len(shapes) > 300 else 3
         return Case(
             name, shapes, contenders, (), figures=figures, rounds=options.rounds, repeats=repeats, compiles=repeats
         )
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return {n: found[case.name, figure] for n, case in points.items()}
 
     panels = {
-        "trace + lower + compile\nclip + AdamW, small leaves": ("leaves", curve(leaves, BUILD)),
+        "build: trace, lower, compile\nclip + AdamW, small leaves": ("leaves", curve(leaves, BUILD)),
         "compiled step\nclip + AdamW, small leaves": ("leaves", curve(leaves, STEP)),
         "compiled step\nAdamW, one leaf": ("elements", curve(elements, STEP)),
     }
@@ -80,7 +80,10 @@ def picture(panels: dict[str, tuple[str, dict[int, Result]]], path: Path) -> Non
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
-    quartile: Callable[[float, list[list[float]]], list[float]] = lambda q, rows: [np.quantile(row, q) for row in rows]
+
+    def quartile(q: float, rows: list[list[float]]) -> list[float]:
+        return [float(np.quantile(row, q)) for row in rows]
+
     for ax, (title, (axis, results)) in zip(axes, panels.items(), strict=True):
         for name, colour in {"optax": "#e07b39", "gradxform": "#0b6e99"}.items():
             rows = [result.values[name] for result in results.values()]
