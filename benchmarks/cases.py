@@ -68,7 +68,7 @@ class Case:
     goals: tuple[Goal, ...]
     outsiders: tuple[Outsider, ...] = ()
     figures: tuple[str, ...] = (STEP,)
-    """Of STEP, UNJITTED, BUILD (trace, lower and compile, and its parts), IMPORT; STEP and BUILD bring the exact figures."""
+    """Of STEP, UNJITTED, BUILD (trace, lower, compile, and its parts), IMPORT; STEP and BUILD bring exact figures."""
     rounds: int = 11
     """The compiled step."""
     repeats: int = 5
@@ -99,7 +99,7 @@ class Sizes:
     muon: tuple[tuple[int, int, int], ...] = ((100, 64, 64), (48, 512, 512), (12, 512, 2048))
 
 
-QUICK = Sizes(leaf=1 << 14, transformer=(1, 32, 128, 32), thousand=12, muon=((3, 8, 8), (2, 16, 16), (2, 16, 64)))
+QUICK = Sizes(leaf=1 << 14, transformer=(1, 32, 128, 32), thousand=4, muon=((3, 8, 8), (2, 16, 16), (2, 16, 64)))
 
 
 def cases(sizes: Sizes) -> list[Case]:

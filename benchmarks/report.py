@@ -22,7 +22,8 @@ from rich.table import Table
 HOW_TO_READ = (
     "Times are of one step (one call of several timed together), medians of interleaved rounds with the quartiles in "
     "brackets. A ratio of times is the median over the rounds of the time divided by the base's in the same round: "
-    "below 1 is faster. A build is trace, lower and compile from cold caches. The other figures are exact: the same on every run with the same versions."
+    "below 1 is faster. A build is trace, lower and compile, from cold caches. The other figures are exact: the same "
+    "on every run with the same versions. The goals are for the full sizes."
 )
 GOALS = ("work", "figure", "who", "value", "base", "ratio", "to reach", "")
 EXACT = (TEMPORARIES, COPIES, EQUATIONS, STATE)
@@ -210,5 +211,11 @@ def _bars(ax, bars: list[tuple[Result, str]], goals: dict[tuple[str, str, str], 
             ax.plot([goal, goal], [y - 0.45, y + 0.45], color="#c1121f", linewidth=1.5)
         side, shift = ("left", 4) if ratio > 1 else ("right", -4)
         ax.annotate(
-            f"{ratio:.2f}", (ratio, y), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=6
+            f"{ratio:.2f}",
+            (min(ratio, 12), y),
+            (shift, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=6,
         )

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from workloads import Shapes, small_leaves
 
 COUNTS, SIZES = (10, 30, 100, 300, 1000, 3000), tuple(1 << power for power in range(10, 27, 2))
-QUICK_COUNTS, QUICK_SIZES = (2, 8), (1 << 10, 1 << 12)
+QUICK_COUNTS, QUICK_SIZES = (1, 2), (1 << 10, 1 << 12)
 ADAMW, CLIPPED = (OPTAX_ADAMW, OUR_ADAMW), (OPTAX_CLIPPED, OUR_CLIPPED)
 
 
