@@ -201,20 +201,23 @@ def check_equal(case: Case, runs: Sequence[Run], start: Tree) -> None:
     """Let every run take a few steps and compare with the first: who computes something else cannot win.
 
     Parameters may differ by a part of the way they have gone. Moments may differ by 1e-5, for sums in another order,
-    those of torch by 2e-3: its float32 norm of 16 M elements is off by 8e-4, and `nu` has the square.
+    those of torch by 2e-2: its float32 norm of 64 M elements is off by 6e-3, and `nu` has the square.
     """
     for run in runs:
         for _ in range(case.checked):
             run()
+    size_of = np.max if case.elementwise else np.mean
     expected = runs[0].result()
     for run in runs[1:]:
-        found = run.result()
+        found, torch = run.result(), isinstance(run, TorchRun)
         for leaf, right in expected["params"].items():
-            off, way = np.abs(found["params"][leaf] - right).max(), np.abs(right - start[leaf]).max()
-            assert off <= case.params_within * way, f"{run.name}: params at {leaf} differ by {off / way:.1e} of the way"
+            off, way = (size_of(np.abs(some - right)) for some in (found["params"][leaf], start[leaf]))
+            assert off <= (5e-3 if torch else case.params_within) * way, (
+                f"{run.name}: params at {leaf} differ by {off / way:.1e} of the way"
+            )
         if case.moments_within is None:
             continue
-        within = 2e-3 if isinstance(run, TorchRun) else case.moments_within
+        within = 2e-2 if torch else case.moments_within
         for name in ("mu", "nu"):
             for leaf, value in found.get(name, {}).items():
                 right = expected[name][leaf]
