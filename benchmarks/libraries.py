@@ -1,89 +1,119 @@
-"""Who takes part: the same AdamW with the same numbers, from each library."""
+"""Who takes part: the same optimizers with the same numbers, from each library, and how each takes a step."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import sys
-from types import ModuleType
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
+import floor
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from workloads import Tree
+from workloads import Tree, flattened, unflattened
 
-import gradxform
+import gradxform as gx
 
-LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-2
+Optimizer: TypeAlias = Any
+"""An ``(init, update)`` pair."""
+
+Advance: TypeAlias = Callable[[Optimizer, Any, Any, Any], tuple[Any, Any]]
+"""(tx, grads, state, params) → (params, state)."""
+
+ADAMW = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
 MAX_NORM = 0.1
 """Below the norm of every workload's gradients, so that the clip always acts."""
 
-OPTIMIZERS = {"AdamW": False, "clip + AdamW": True}
-"""Each optimizer, and whether it clips by the global norm first."""
+
+def update_and_apply(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """A step as training loops write it."""
+    updates, state = tx.update(grads, state, params)
+    apply = gx.apply_updates if isinstance(tx, gx.Transformation) else optax.apply_updates
+    return apply(params, updates), state
+
+
+def update_only(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """The updates in the place of the parameters."""
+    return tx.update(grads, state, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """An optimizer of a JAX library, and how it takes a step."""
+
+    name: str
+    """The library's, then what is special."""
+    make: Callable[[], Optimizer]
+    advance: Advance = update_and_apply
+    flat: bool = False
+    """All parameters as one array."""
+    calls: int = 1
+    """Steps that are timed together."""
+
+    @property
+    def library(self) -> str:
+        """The module whose caches count."""
+        return self.name.partition(",")[0].partition(" ")[0]
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this library."""
+        return self.library == gx.__name__
+
+    def layout(self, tree: Tree) -> Tree:
+        """The tree as this contender stores it."""
+        return {"all": flattened(tree)} if self.flat else tree
+
+    def step(self, tx: Optimizer) -> Any:
+        """A new compiled function (params, state, grads) → (params, state), which writes over params and state."""
+
+        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            return self.advance(tx, grads, state, params)
+
+        return jax.jit(step, donate_argnums=(0, 1), keep_unused=True)
+
+    def forget(self) -> None:
+        """Empty JAX's caches and the library's own."""
+        jax.clear_caches()
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == self.library:
+                for value in vars(module).values():
+                    if hasattr(value, "cache_clear"):
+                        value.cache_clear()
 
 
 class Run(Protocol):
     """A training step at work on its own parameters and moments."""
 
     name: str
+    calls: int
 
     def __call__(self) -> None:
         """Take one step and wait for it."""
         ...
 
     def result(self) -> dict[str, Tree]:
-        """Where `params`, `mu` and `nu` are now."""
+        """Where `params` and, as far as they are kept as trees of float32, `mu` and `nu` are now."""
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class JaxLibrary:
-    """A library of ``(init, update)`` pairs."""
-
-    module: ModuleType
-
-    @property
-    def name(self) -> str:
-        """The name of the module."""
-        return self.module.__name__
-
-    def optimizer(self, clips: bool) -> optax.GradientTransformationExtraArgs:
-        """A new AdamW, behind a clip if `clips`."""
-        adamw = self.module.adamw(LEARNING_RATE, b1=B1, b2=B2, eps=EPS, weight_decay=WEIGHT_DECAY)
-        return self.module.chain(self.module.clip_by_global_norm(MAX_NORM), adamw) if clips else adamw
-
-    def step(self, tx: optax.GradientTransformationExtraArgs) -> Any:
-        """A new compiled function (params, state, grads) → (params, state), which writes over params and state."""
-
-        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-            updates, state = tx.update(grads, state, params)
-            return self.module.apply_updates(params, updates), state
-
-        return jax.jit(step, donate_argnums=(0, 1))
-
-    def forget(self) -> None:
-        """Empty JAX's caches and the library's own."""
-        jax.clear_caches()
-        for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == self.name:
-                for value in vars(module).values():
-                    if hasattr(value, "cache_clear"):
-                        value.cache_clear()
-
-
-OPTAX, GRADXFORM = JaxLibrary(optax), JaxLibrary(gradxform)
-JAX_LIBRARIES = (OPTAX, GRADXFORM)
+Outsider: TypeAlias = Callable[[Tree, Tree], Run]
+"""What takes part beside JAX, as a function of (params, grads)."""
 
 
 class JaxRun:
     """A compiled step of a JAX library."""
 
-    def __init__(self, library: JaxLibrary, clips: bool, compiled: Any, params: Tree, grads: Tree) -> None:
-        self.name, self._compiled = library.name, compiled
-        self._params, self._grads = jax.tree.map(jnp.array, (params, grads))
-        self._state = library.optimizer(clips).init(self._params)
+    def __init__(self, contender: Contender, compiled: Any, like: Any, params: Tree, grads: Any) -> None:
+        self.name, self.calls = contender.name, contender.calls
+        self._flat, self._compiled, self._start, self._grads = contender.flat, compiled, params, grads
+        self._params = jax.tree.map(jnp.array, contender.layout(params))
+        # the state's type is made anew when caches are emptied; the program wants the one it was traced with
+        leaves = jax.tree.leaves(contender.make().init(self._params))
+        self._state = jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def __call__(self) -> None:
         """Take one step and wait for it."""
@@ -92,12 +122,20 @@ class JaxRun:
 
     def result(self) -> dict[str, Tree]:
         """Where `params`, `mu` and `nu` are now."""
-        moments = {name: optax.tree_utils.tree_get(self._state, name) for name in ("mu", "nu")}
-        return jax.tree.map(np.asarray, {"params": self._params, **moments})
+        trees = {"params": self._params, **{name: self._moment(name) for name in ("mu", "nu")}}
+        arrays = {name: jax.tree.map(np.asarray, tree) for name, tree in trees.items() if tree is not None}
+        return {name: unflattened(tree["all"], self._start) if self._flat else tree for name, tree in arrays.items()}
+
+    def _moment(self, name: str) -> Any:
+        found = [value for _, value in optax.tree_utils.tree_get_all_with_path(self._state, name)]
+        forms = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (self._params, *found)]
+        return found[0] if len(found) == 1 and forms[0] == forms[1] else None
 
 
 class TorchRun:
     """A step of torch's own clip and AdamW, which write in place."""
+
+    calls = 1
 
     def __init__(self, name: str, options: dict[str, bool], clips: bool, params: Tree, grads: Tree) -> None:
         import torch
@@ -107,8 +145,9 @@ class TorchRun:
         for key, param in self._params.items():
             param.grad = torch.tensor(grads[key])
         every = list(self._params.values())
-        numbers = {"lr": LEARNING_RATE, "betas": (B1, B2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
-        self._optimizer = torch.optim.AdamW(every, **numbers, **options)
+        numbers = {"lr": ADAMW["learning_rate"], "betas": (ADAMW["b1"], ADAMW["b2"])}
+        rest = {name: ADAMW[name] for name in ("eps", "weight_decay")}
+        self._optimizer = torch.optim.AdamW(every, **numbers, **rest, **options)
         # the clip has no fused variant; foreach is its fastest
         foreach = options.get("foreach", True)
         self._clip = functools.partial(torch.nn.utils.clip_grad_norm_, every, MAX_NORM, foreach=foreach)
@@ -129,16 +168,40 @@ class TorchRun:
         }
 
 
-def torch_variants() -> dict[str, dict[str, bool]]:
-    """The ways in which torch runs AdamW; none where it is not installed, or JAX does not run on the CPU beside it."""
+@functools.cache
+def has_torch() -> bool:
+    """Whether torch is installed, and JAX runs on the CPU beside it."""
     try:
         import torch  # noqa: F401 (only whether it is there)
     except ImportError:
-        return {}
-    if jax.default_backend() != "cpu":
-        return {}
-    return {
+        return False
+    return jax.default_backend() == "cpu"
+
+
+def outsiders(clips: bool = False) -> tuple[Outsider, ...]:
+    """The ways in which torch runs AdamW, and, without a clip, the floor; nobody where JAX is not on the CPU."""
+    variants = {
         "torch fused": {"fused": True},
         "torch foreach": {"foreach": True},
         "torch for-loop": {"foreach": False},
     }
+    torches = [functools.partial(TorchRun, name, options, clips) for name, options in variants.items()]
+    floors = [functools.partial(floor.FloorRun, ADAMW)]
+    has_floor = not clips and jax.default_backend() == "cpu" and floor.compiled() is not None
+    return (*(torches if has_torch() else ()), *(floors if has_floor else ()))
+
+
+def optax_clipped() -> Optimizer:
+    """clip + AdamW of optax."""
+    return optax.chain(optax.clip_by_global_norm(MAX_NORM), optax.adamw(**ADAMW))
+
+
+def our_clipped() -> Optimizer:
+    """clip + AdamW of this library."""
+    return gx.chain(gx.clip_by_global_norm(MAX_NORM), gx.adamw(**ADAMW))
+
+
+OPTAX_ADAMW = Contender("optax", lambda: optax.adamw(**ADAMW))
+OUR_ADAMW = Contender("gradxform", lambda: gx.adamw(**ADAMW))
+OPTAX_CLIPPED = Contender("optax", optax_clipped)
+OUR_CLIPPED = Contender("gradxform", our_clipped)

@@ -5,214 +5,242 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
+import math
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from libraries import JAX_LIBRARIES, LEARNING_RATE, OPTAX, JaxLibrary, JaxRun, Run, TorchRun, torch_variants
-from workloads import Tree, Workload
+from cases import BUILD, COMPILE, COPIES, EQUATIONS, IMPORT, PEAK, STATE, STEP, TEMPORARIES, TRACE, UNJITTED, Case
+from libraries import Contender, JaxRun, Run, TorchRun
+from results import Result, Values
+from workloads import Shapes, Tree, flattened, size, trees
 
 Task: TypeAlias = Callable[[], Any]
-Values: TypeAlias = dict[str, list[float]]
-"""By library the repeats in seconds, or one exact number."""
 
 Tick: TypeAlias = Callable[[str], None]
 """Called before each measurement with what it is, for the progress bar."""
 
-FIGURES = ("step", "update", "cold")
-"""The compiled step; `update` and `init` as they are; tracing, lowering and compiling from cold caches."""
 
-CHECKED_STEPS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One figure of one optimizer on one workload."""
-
-    workload: str
-    optimizer: str
-    figure: str
-    values: Values
-    exact: bool = False
-    reach: float | None = None
-
-    def ratio(self, library: str) -> float | None:
-        """The median over the rounds of the library's value divided by optax's."""
-        pairs = zip(self.values[library], self.values[OPTAX.name], strict=True)
-        ratios = [value / base for value, base in pairs if base]
-        return float(np.median(ratios)) if ratios else None
-
-
-def count_ticks(workload: Workload, figures: Sequence[str]) -> int:
+def count_ticks(case: Case) -> int:
     """How often `measure` calls its `tick`."""
-    libraries = len(JAX_LIBRARIES)
-    rounds = {
-        "step": workload.steps * (libraries + len(torch_variants())),
-        "update": 2 * workload.repeats * libraries,
-        "cold": workload.repeats * libraries,
+    contenders = len(case.contenders)
+    counts = {
+        STEP: case.rounds * (contenders + len(case.outsiders)),
+        UNJITTED: case.repeats * contenders,
+        BUILD: case.repeats * contenders,
+        IMPORT: (case.repeats + 1) * contenders,
     }
-    compiled_for_step = libraries if "step" in figures and "cold" not in figures else 0
-    return sum(rounds[figure] for figure in figures) + compiled_for_step
+    only_compiled = contenders if STEP in case.figures and BUILD not in case.figures else 0
+    return sum(counts[figure] for figure in case.figures) + only_compiled
 
 
-def measure(workload: Workload, optimizer: str, clips: bool, figures: Sequence[str], tick: Tick) -> list[Row]:
-    """Take the `figures` of one optimizer on one workload.
+def measure(case: Case, tick: Tick) -> list[Result]:
+    """Take the figures of a case.
 
     Raises:
-      AssertionError: if the libraries do not come to the same parameters and moments.
+      AssertionError: if somebody does not come to the same parameters and moments as the others.
     """
-    params, grads = workload.trees()
+    if IMPORT in case.figures:
+        return [Result(case.name, IMPORT, case.contenders[0].name, imports(case, tick))]
+    params, grads = trees(case.shapes)
     timed: dict[str, Values] = {}
     programs: dict[str, Program] = {}
-    if "step" in figures or "cold" in figures:
-        repeats = workload.repeats if "cold" in figures else 1
-        programs, starts = from_cold(repeats, workload.compiles, clips, params, grads, tick)
-    if "step" in figures:
-        timed["compiled step"] = steps(programs, workload.steps, clips, params, grads, tick)
-    if "update" in figures:
-        timed |= eager(workload.repeats, clips, params, grads, tick)
-    if "cold" in figures:
-        timed |= starts
-    rows = [
-        Row(workload.name, optimizer, figure, values, reach=reach(figure, len(workload.shapes), clips))
-        for figure, values in timed.items()
+    if STEP in case.figures or BUILD in case.figures:
+        programs, starts = from_cold(case, params, grads, tick)
+        if BUILD in case.figures:
+            timed |= starts
+    if STEP in case.figures:
+        timed = {STEP: steps(case, programs, params, grads, tick), **timed}
+    if UNJITTED in case.figures:
+        timed[UNJITTED] = unjitted(case, params, grads, tick)
+    base = case.contenders[0].name
+    numbers = {name: exact_figures(program, case.shapes) for name, program in programs.items()}
+    if jax.default_backend() != "cpu":
+        for name, program in programs.items():
+            most = peak_in_fresh_process(case, program.contender)
+            numbers[name] |= {} if most is None else {PEAK: most / size(case.shapes)}
+    exact = {
+        figure: {name: [values[figure]] for name, values in numbers.items()}
+        for figure in (numbers[base] if numbers else ())
+    }
+    return [
+        *(Result(case.name, figure, base, values) for figure, values in timed.items()),
+        *(Result(case.name, figure, base, values, exact=True) for figure, values in exact.items()),
     ]
-    exact = {name: exact_figures(program, workload) for name, program in programs.items()}
-    for figure in exact[OPTAX.name] if exact else ():
-        values = {name: [numbers[figure]] for name, numbers in exact.items()}
-        rows.append(Row(workload.name, optimizer, figure, values, exact=True))
-    return rows
-
-
-def reach(figure: str, leaves: int, clips: bool) -> float | None:
-    """The ratio to optax that gradxform is to reach."""
-    if figure == "compiled step":
-        return 1.0
-    if figure == "un-jitted update" and leaves >= 1000:
-        return 1 / 4
-    if figure == "trace + lower" and leaves == 1000 and not clips:
-        return 1 / 3
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced step, compiled or not yet."""
+    """A traced and compiled step, and what it is given."""
 
+    contender: Contender
+    arguments: Any
     traced: Any
-    compiled: Any | None
+    compiled: Any
+
+    def start(self, params: Tree, grads: Any) -> JaxRun:
+        """The step at work; `grads` as the contender stores them."""
+        _, state, _ = self.arguments
+        return JaxRun(self.contender, self.compiled, state, params, grads)
 
 
-def from_cold(
-    repeats: int, compiles: int, clips: bool, params: Tree, grads: Tree, tick: Tick
-) -> tuple[dict[str, Program], dict[str, Values]]:
-    """Trace and lower `repeats` times, compile in the last of them; the last program of each library is kept."""
+def from_cold(case: Case, params: Tree, grads: Tree, tick: Tick) -> tuple[dict[str, Program], dict[str, Values]]:
+    """Trace and lower in every repeat, compile in the last ones; the last program of each contender is kept."""
     programs: dict[str, Program] = {}
-    seconds: dict[str, Values] = {figure: {} for figure in ("trace", "lower", "trace + lower", "compile")}
+    seconds: dict[str, Values] = {figure: {} for figure in (TRACE, COMPILE, BUILD)}
+    repeats = case.repeats if BUILD in case.figures else 1
     for left in reversed(range(repeats)):
-        for library in shuffled(JAX_LIBRARIES):
-            tick(f"trace, lower, compile: {library.name}")
-            programs[library.name], times = cold_start(library, clips, params, grads, left < compiles)
+        for contender in shuffled(case.contenders):
+            tick(f"trace, lower, compile: {contender.name}")
+            program, times = cold_start(contender, params, grads, compiles=left < case.compiles)
+            programs[contender.name] = program
             for figure, value in times.items():
-                seconds[figure].setdefault(library.name, []).append(value)
+                seconds[figure].setdefault(contender.name, []).append(value)
     return programs, seconds
 
 
 def cold_start(
-    library: JaxLibrary, clips: bool, params: Tree, grads: Tree, compiles: bool
+    contender: Contender, params: Tree, grads: Tree, compiles: bool = True
 ) -> tuple[Program, dict[str, float]]:
     """Forget everything, then take the step of a new optimizer to where it can run, and say how long that took."""
-    library.forget()
-    tx = library.optimizer(clips)
-    arguments = jax.eval_shape(lambda params, grads: (params, tx.init(params), grads), params, grads)
-    step = library.step(tx)
+    contender.forget()
+    step, arguments = prepared(contender, params, grads)
     jax.clear_caches()
     with quiet():
         times = [time.perf_counter()]
         traced = step.trace(*arguments)
-        times.append(time.perf_counter())
         lowered = traced.lower()
         times.append(time.perf_counter())
         compiled = lowered.compile() if compiles else None
         times.append(time.perf_counter())
-    trace, lower, compile_ = np.diff(times).tolist()
-    seconds = {"trace": trace, "lower": lower, "trace + lower": trace + lower}
-    return Program(traced, compiled), {**seconds, "compile": compile_} if compiles else seconds
+    trace, compile_ = np.diff(times).tolist()
+    seconds = {TRACE: trace, **({COMPILE: compile_, BUILD: trace + compile_} if compiles else {})}
+    return Program(contender, arguments, traced, compiled), seconds
 
 
-def steps(programs: Mapping[str, Program], rounds: int, clips: bool, params: Tree, grads: Tree, tick: Tick) -> Values:
+def prepared(contender: Contender, params: Tree, grads: Tree) -> tuple[Any, Any]:
+    """The step of a new optimizer, and shapes of what it takes."""
+    tx = contender.make()
+    trees = (contender.layout(params), contender.layout(grads))
+    return contender.step(tx), jax.eval_shape(lambda params, grads: (params, tx.init(params), grads), *trees)
+
+
+def built(contender: Contender, params: Tree, grads: Tree) -> Program:
+    """The step, traced and compiled with whatever is in the caches."""
+    step, arguments = prepared(contender, params, grads)
+    traced = step.trace(*arguments)
+    return Program(contender, arguments, traced, traced.lower().compile())
+
+
+def steps(case: Case, programs: Mapping[str, Program], params: Tree, grads: Tree, tick: Tick) -> Values:
     """The compiled step of everybody, each on its own arrays."""
-    runs: list[Run] = [JaxRun(some, clips, programs[some.name].compiled, params, grads) for some in JAX_LIBRARIES]
-    runs += [TorchRun(name, options, clips, params, grads) for name, options in torch_variants().items()]
-    check_equal(runs)
-    return interleaved({run.name: run for run in runs}, rounds, "compiled step", tick)
+    shared = {flat: jax.tree.map(jnp.array, {"all": flattened(grads)} if flat else grads) for flat in flats(case)}
+    runs: list[Run] = [programs[some.name].start(params, shared[some.flat]) for some in case.contenders]
+    runs += [start(params, grads) for start in case.outsiders]
+    check_equal(case, runs, params)
+    return interleaved({run.name: run for run in runs}, case.rounds, STEP, tick)
 
 
-def eager(rounds: int, clips: bool, params: Tree, grads: Tree, tick: Tick) -> dict[str, Values]:
-    """`update` and `init` of the JAX libraries without `jit` around them, on the same arrays."""
-    updates: dict[str, Task] = {}
-    inits: dict[str, Task] = {}
+def flats(case: Case) -> set[bool]:
+    """The layouts that are in use."""
+    return {contender.flat for contender in case.contenders}
+
+
+def unjitted(case: Case, params: Tree, grads: Tree, tick: Tick) -> Values:
+    """`update` of the contenders without `jit` around it, on the same arrays."""
     arrays, gradients = jax.tree.map(jnp.array, (params, grads))
-    for library in JAX_LIBRARIES:
-        tx = library.optimizer(clips)
+    tasks: dict[str, Task] = {}
+    for contender in case.contenders:
+        tx = contender.make()
         state = tx.init(arrays)
-        updates[library.name] = lambda tx=tx, state=state: jax.block_until_ready(tx.update(gradients, state, arrays))
-        inits[library.name] = lambda tx=tx: jax.block_until_ready(tx.init(arrays))
-    return {
-        "un-jitted update": interleaved(updates, rounds, "un-jitted update", tick),
-        "un-jitted init": interleaved(inits, rounds, "un-jitted init", tick),
-    }
+        tasks[contender.name] = lambda tx=tx, state=state: jax.block_until_ready(tx.update(gradients, state, arrays))
+    return interleaved(tasks, case.repeats, UNJITTED, tick)
+
+
+def imports(case: Case, tick: Tick) -> Values:
+    """Seconds that a fresh process takes to import each library, once its files are in memory."""
+    seconds: Values = {contender.name: [] for contender in case.contenders}
+    for turn in range(case.repeats + 1):
+        for contender in shuffled(case.contenders):
+            tick(f"import {contender.library}")
+            clock = f"import time; start = time.perf_counter(); import {contender.library}; "
+            program = clock + "print(time.perf_counter() - start)"
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+            if turn:
+                seconds[contender.name].append(float(done.stdout))
+    return seconds
 
 
 def interleaved(tasks: Mapping[str, Task], rounds: int, what: str, tick: Tick) -> Values:
-    """Seconds of each task in every round; each timed call follows an untimed one of the same task."""
+    """Seconds of each task in every round; what is timed follows an untimed call of the same task."""
     seconds: Values = {name: [] for name in tasks}
     for _ in range(rounds):
         with quiet():
             for name in shuffled(tuple(tasks)):
                 tick(f"{what}: {name}")
-                tasks[name]()
+                task = tasks[name]
+                calls = getattr(task, "calls", 1)
+                task()
                 start = time.perf_counter()
-                tasks[name]()
-                seconds[name].append(time.perf_counter() - start)
+                for _ in range(calls):
+                    task()
+                seconds[name].append((time.perf_counter() - start) / calls)
     return seconds
 
 
-def check_equal(runs: Sequence[Run]) -> None:
+def check_equal(case: Case, runs: Sequence[Run], start: Tree) -> None:
     """Let every run take a few steps and compare with the first: who computes something else cannot win.
 
-    Parameters may differ by a thousandth of the way they can have gone. Moments may differ by 1e-5, for sums in
-    another order, those of torch by 2e-3: its float32 norm of 16 M elements is off by 8e-4, and `nu` has the square.
+    Parameters may differ by a part of the way they have gone. Moments may differ by 1e-5, for sums in another order,
+    those of torch by 2e-2: its float32 norm of 64 M elements is off by 6e-3, and `nu` has the square.
     """
     for run in runs:
-        for _ in range(CHECKED_STEPS):
+        for _ in range(case.checked):
             run()
+    size_of = np.max if case.elementwise else np.mean
     expected = runs[0].result()
     for run in runs[1:]:
-        moments = 2e-3 if isinstance(run, TorchRun) else 1e-5
-        for name, tree in run.result().items():
-            relative, absolute = (0, 1e-3 * CHECKED_STEPS * LEARNING_RATE) if name == "params" else (moments, 0)
-            for leaf, value in tree.items():
+        found, torch = run.result(), isinstance(run, TorchRun)
+        for leaf, right in expected["params"].items():
+            off, way = (size_of(np.abs(some - right)) for some in (found["params"][leaf], start[leaf]))
+            assert off <= (5e-3 if torch else case.params_within) * way, (
+                f"{run.name}: params at {leaf} differ by {off / way:.1e} of the way"
+            )
+        if case.moments_within is None:
+            continue
+        within = 2e-2 if torch else case.moments_within
+        for name in ("mu", "nu"):
+            for leaf, value in found.get(name, {}).items():
                 right = expected[name][leaf]
-                equal = np.all(np.abs(value - right) <= absolute + relative * np.abs(right))
+                equal = np.all(np.abs(value - right) <= within * np.abs(right))
                 assert equal, f"{name} of {run.name} and of {runs[0].name} differ at {leaf}"
 
 
-def exact_figures(program: Program, workload: Workload) -> dict[str, float]:
+def exact_figures(program: Program, shapes: Shapes) -> dict[str, float]:
     """What does not depend on the machine's mood."""
-    assert program.compiled is not None  # the last repeat compiles
-    temporaries = program.compiled.memory_analysis().temp_size_in_bytes
-    copies = re.findall(r"= \w+\[\d[\d,]*\]\S* copy\(", program.compiled.as_text())
+    count, smallest = size(shapes), min(map(math.prod, shapes.values()))
+    _, state, _ = program.arguments
     return {
-        "temporary bytes per parameter": temporaries / workload.size,
-        "copies of whole arrays": len(copies),
-        "equations to trace": count_equations(program.traced.jaxpr, set()),
+        TEMPORARIES: program.compiled.memory_analysis().temp_size_in_bytes / count,
+        COPIES: count_copies(program.compiled.as_text(), smallest),
+        EQUATIONS: count_equations(program.traced.jaxpr, set()),
+        STATE: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count,
     }
+
+
+def count_copies(text: str, smallest: int) -> int:
+    """The `copy` instructions of arrays as large as a leaf."""
+    shapes = re.findall(r"= \w+\[(\d[\d,]*)\]\S* copy\(", text)
+    return sum(math.prod(map(int, shape.split(","))) >= smallest for shape in shapes)
 
 
 def count_equations(jaxpr: Any, seen: set[int]) -> int:
@@ -227,6 +255,23 @@ def count_equations(jaxpr: Any, seen: set[int]) -> int:
 
 def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
+
+
+def peak_in_fresh_process(case: Case, contender: Contender) -> int | None:
+    """The device's peak of bytes in use over two steps: a process has one peak, so each contender gets its own."""
+    command = [sys.executable, Path(__file__).with_name("run.py"), *sys.argv[1:]]
+    done = subprocess.run([*command, "--peak", case.name, contender.name], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def peak(case: Case, contender: Contender) -> int | None:
+    """The peak of this process after two steps, None where the device does not say."""
+    params, grads = trees(case.shapes)
+    run = built(contender, params, grads).start(params, jax.tree.map(jnp.array, contender.layout(grads)))
+    run()
+    run()
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
 
 
 def shuffled(items: Sequence[Any]) -> list[Any]:

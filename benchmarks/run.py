@@ -1,70 +1,102 @@
-"""AdamW of gradxform beside optax's and torch's, in one interleaved run: ``python benchmarks/run.py --help``."""
+"""This library beside optax, torch and a loop in C, in one interleaved run: ``python benchmarks/run.py --help``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+# on a GPU the peak is of what is used, and torch and children find room
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import compare
 import jax
 import report
-from libraries import OPTIMIZERS
-from measure import FIGURES, count_ticks, measure
+from cases import QUICK, Case, Sizes, cases, with_rounds
+from measure import count_ticks, measure, peak
+from results import Saved, load, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from workloads import FULL, QUICK
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what was asked for, print the tables, write the files."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what was asked for, print the tables, write the files; 1 if an exact figure grew since another run."""
     options = parse(arguments)
     jax.config.update("jax_enable_compilation_cache", False)
-    cases = [
-        (workload, optimizer, clips, figures)
-        for workload in (QUICK if options.quick else FULL)
-        for optimizer, clips in OPTIMIZERS.items()
-        if (figures := [f for f in FIGURES if re.search(options.only, f"{workload.name}/{optimizer}/{f}")])
-    ]
-    if not cases:
-        raise SystemExit(f"nothing matches {options.only!r}; a name is WORKLOAD/OPTIMIZER/FIGURE, see --help")
+    chosen = choose(options)
+    if options.peak:
+        name, who = options.peak
+        case = next(case for case in chosen if case.name == name)
+        print(json.dumps(peak(case, next(some for some in case.contenders if some.name == who))))
+        return 0
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(count_ticks(workload, figures) for workload, _, _, figures in cases))
-        for workload, optimizer, clips, figures in cases:
+    if not console.is_terminal:
+        console = Console(width=180)
+    results = []
+    with Progress(*COLUMNS, console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(map(count_ticks, chosen)))
+        for case in chosen:
 
-            def tick(what: str, where: str = f"{workload.name}, {optimizer}") -> None:
+            def tick(what: str, where: str = case.name) -> None:
                 progress.update(task, advance=1, description=f"{where}: {what}")
 
-            rows += measure(workload, optimizer, clips, figures, tick)
-    console.print(report.facts(), report.terminal(rows), sep="\n")
+            results += measure(case, tick)
+    facts = report.facts()
+    console.print(report.in_a_line(facts), report.terminal(chosen, results), sep="\n")
     if options.markdown:
-        options.markdown.write_text(report.markdown(rows))
+        options.markdown.write_text(report.markdown(facts, chosen, results))
     if options.picture:
-        report.picture(rows, options.picture)
+        report.picture(chosen, results, options.picture)
+    if options.save:
+        save(options.save, facts, results)
+    return compare.show(load(options.against), Saved(facts, results), console) if options.against else 0
+
+
+def choose(options: argparse.Namespace) -> list[Case]:
+    """The cases with those of their figures that the pattern finds."""
+    sizes = QUICK if options.quick else Sizes()
+    sizes = dataclasses.replace(sizes, leaf=options.size) if options.size else sizes
+    rounds, repeats = (options.rounds or 2, 1) if options.quick else (options.rounds, None)
+    found = with_rounds(cases(sizes), rounds, repeats)
+    taken = [
+        dataclasses.replace(case, figures=figures)
+        for case in found
+        if (figures := tuple(f for f in case.figures if re.search(options.only, f"{case.name}/{f}")))
+    ]
+    if not taken:
+        names = "\n  ".join(f"{case.name}/{figure}" for case in found for figure in case.figures)
+        raise SystemExit(f"nothing matches {options.only!r} among the names WORK/FIGURE:\n  {names}")
+    return taken
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    names = "; ".join(workload.name for workload in FULL)
     parser = argparse.ArgumentParser(
-        description="Compare AdamW of gradxform with optax's and torch's. The full run takes about a quarter of an "
-        "hour on 2 CPUs, and 6 GB of memory."
+        description="Compare gradxform with optax, torch and a loop in C. The full run takes about a quarter of an "
+        "hour on 2 CPUs, and 10 GB of memory."
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: does it run?")
     parser.add_argument(
         "--only",
         metavar="PATTERN",
         default="",
-        help="a regular expression for WORKLOAD/OPTIMIZER/FIGURE. "
-        f"Workloads: {names}. Optimizers: {'; '.join(OPTIMIZERS)}. Figures: {', '.join(FIGURES)}.",
+        help="a regular expression for WORK/FIGURE; one that matches nothing lists the names",
     )
+    parser.add_argument("--size", metavar="N", type=int, help="elements of the one large leaf, by default 64 M")
+    parser.add_argument("--rounds", metavar="N", type=int, help="rounds of the compiled steps, by default 5 to 11")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="write a bar chart of the ratios as PNG")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="write all figures as JSON, for compare.py")
+    parser.add_argument("--against", metavar="FILE", type=Path, help="say what changed since the run saved there")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # for `measure.peak_in_fresh_process`
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

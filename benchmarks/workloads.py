@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -12,31 +12,19 @@ Shapes: TypeAlias = dict[str, tuple[int, ...]]
 Tree: TypeAlias = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A named tree of shapes, and the number of rounds for each kind of figure."""
+def size(shapes: Shapes) -> int:
+    """The number of parameters."""
+    return sum(math.prod(shape) for shape in shapes.values())
 
-    name: str
-    shapes: Shapes
-    steps: int = 15
-    """The compiled step."""
-    repeats: int = 5
-    """What runs in Python: un-jitted calls, tracing, lowering."""
-    compiles: int = 3
 
-    @property
-    def size(self) -> int:
-        """The number of parameters."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+def trees(shapes: Shapes) -> tuple[Tree, Tree]:
+    """Parameters and gradients, the same at every call."""
+    rng = np.random.default_rng(0)
 
-    def trees(self) -> tuple[Tree, Tree]:
-        """Parameters and gradients, the same at every call."""
-        rng = np.random.default_rng(0)
+    def normal(scale: float) -> Tree:
+        return {name: scale * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
-        def normal(scale: float) -> Tree:
-            return {name: scale * rng.standard_normal(shape, np.float32) for name, shape in self.shapes.items()}
-
-        return normal(0.02), normal(0.01)
+    return normal(0.02), normal(0.01)
 
 
 def gpt2_like(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
@@ -60,19 +48,24 @@ def gpt2_like(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
     return {**ends, **stack, "norm/scale": (width,), "norm/bias": (width,)}
 
 
-def small_leaves(count: int, distinct: int = 8) -> Shapes:
-    """`count` leaves of `distinct` shapes, 27 to 1024 elements each."""
+def small_leaves(count: int) -> Shapes:
+    """`count` leaves of 8 shapes, 27 to 1024 elements each."""
     shapes = ((64,), (128,), (8, 8), (16, 16), (32, 32), (64, 16), (3, 3, 3), (12, 24))
-    return {f"leaf_{index}": shapes[index % distinct] for index in range(count)}
+    return {f"leaf_{index}": shapes[index % len(shapes)] for index in range(count)}
 
 
-FULL = (
-    Workload("one leaf, 16 M", {"leaf": (1 << 24,)}),
-    Workload("GPT-2-like, 148 leaves, 47 M", gpt2_like(layers=12, width=512, vocabulary=16384, context=1024)),
-    Workload("1000 small leaves", small_leaves(1000), compiles=2),
-    Workload("3000 small leaves", small_leaves(3000), steps=9, repeats=3, compiles=1),
-)
-QUICK = (
-    Workload("one small leaf", {"leaf": (1024,)}, steps=2, repeats=2, compiles=1),
-    Workload("32 small leaves", small_leaves(32, distinct=2), steps=2, repeats=2, compiles=1),
-)
+def equal_leaves(count: int, *shape: int) -> Shapes:
+    """`count` leaves of one shape."""
+    return {f"leaf_{index}": shape for index in range(count)}
+
+
+def flattened(tree: Mapping[str, Any]) -> np.ndarray:
+    """All leaves as one array."""
+    return np.concatenate([np.ravel(leaf) for leaf in tree.values()])
+
+
+def unflattened(array: np.ndarray, like: Tree) -> Tree:
+    """The leaves out of one array."""
+    ends = np.cumsum([leaf.size for leaf in like.values()])
+    parts = np.split(array, ends[:-1])
+    return {name: part.reshape(like[name].shape) for name, part in zip(like, parts, strict=True)}

@@ -1,7 +1,8 @@
-"""The benchmark runs at a tiny size, and the figures that no machine changes are as they should be. No times."""
+"""The benchmark runs at tiny sizes, saves, compares and draws. No times; the exact figures are in another file."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -14,12 +15,17 @@ pytest.importorskip("rich", reason="the benchmark prints with rich")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PNG = b"\x89PNG"
+sys.path.append(str(ROOT / "benchmarks"))
+
+import compare  # noqa: E402 (of the folder above)
+import results  # noqa: E402
+import run as command  # noqa: E402
 
 
-def run(*arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
+def run(program: str, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "run.py", *arguments],
+        [sys.executable, ROOT / "benchmarks" / program, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
@@ -27,52 +33,80 @@ def run(*arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory) -> tuple[str, bytes]:
+def folder(tmp_path_factory) -> pathlib.Path:
+    """What a run of three cases wrote."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    done = run("--quick", "--only", "^32", "--markdown", folder / "table.md", "--picture", folder / "ratios.png")
+    files = ("--markdown", folder / "run.md", "--picture", folder / "run.png", "--save", folder / "run.json")
+    done = run("run.py", "--quick", "--only", "^AdamW, one leaf|^global norm.*/build|^un-jitted", *files)
     assert done.returncode == 0, done.stderr
-    assert "32 small leaves: clip + AdamW" in done.stdout
-    return (folder / "table.md").read_text(), (folder / "ratios.png").read_bytes()
+    assert "To reach" in done.stdout
+    return folder
 
 
-def figure(table: str, optimizer: str, name: str) -> tuple[float, float]:
-    """What the table says of optax and of gradxform."""
-    section = table.partition(f": {optimizer}\n")[2].partition("\n##")[0]
-    line = next(line for line in section.splitlines() if line.startswith(f"| {name} |"))
-    return tuple(float(cell) for cell in line.split("|")[2:4])
-
-
-def test_the_files_are_written_and_name_no_folder(tables):
-    table, picture = tables
-    assert picture.startswith(PNG)
+def test_the_table_has_every_goal_of_what_ran_and_names_no_folder(folder):
+    table = (folder / "run.md").read_text()
+    assert (folder / "run.png").read_bytes().startswith(PNG)
     assert "optax 0." in table
     assert str(ROOT) not in table
+    goals = [line.split(" | ")[1] for line in table.partition("## Everything")[0].splitlines() if "≤" in line]
+    exact = ["temporaries, B/param", "full-size copies"]
+    assert goals == ["compiled step", *exact, "un-jitted update", "compile"]
+
+
+@pytest.fixture
+def saved(folder) -> results.Saved:
+    return results.load(folder / "run.json")
+
+
+def changed(saved: results.Saved, figure: str, factor: float, who: str = "gradxform") -> results.Saved:
+    """The run with one figure of one contender multiplied."""
+
+    def one(result: results.Result) -> results.Result:
+        if result.figure != figure:
+            return result
+        values = {**result.values, who: [factor * value for value in result.values[who]]}
+        return dataclasses.replace(result, values=values)
+
+    return results.Saved(saved.facts, [one(result) for result in saved.results])
+
+
+def test_a_run_does_not_differ_from_itself(folder, capsys):
+    assert compare.main([str(folder / "run.json")] * 2) == 0
+    assert "Nothing changed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "figure_name", ["compiled step", "un-jitted update", "un-jitted init", "trace + lower", "compile"]
+    ("figure", "factor", "who", "verdicts", "status"),
+    [
+        ("compiled step", 9.0, "gradxform", {"slower"}, 0),
+        ("compiled step", 0.1, "gradxform", {"faster"}, 0),
+        ("equations", 2.0, "gradxform", {"more"}, 1),
+        ("equations", 0.5, "gradxform", {"less"}, 0),
+        ("equations", 2.0, "optax", {"more"}, 0),
+    ],
 )
-def test_every_time_is_there(tables, figure_name):
-    assert tables[0].count(f"| {figure_name} |") == 2
+def test_what_changed_is_named_and_only_our_exact_figures_fail(saved, capsys, figure, factor, who, verdicts, status):
+    new = changed(saved, figure, factor, who)
+    assert {change.verdict for change in compare.changes(saved, new)} == verdicts
+    assert compare.show(saved, new, compare.Console(width=200)) == status
+    assert "Warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "clip + AdamW"])
-def test_the_compiled_step_copies_no_array(tables, optimizer):
-    assert figure(tables[0], optimizer, "copies of whole arrays")[1] == 0
+def test_another_machine_is_a_warning_and_what_is_gone_is_named(saved, capsys):
+    new = results.Saved({**saved.facts, "device": "abacus"}, saved.results[1:])
+    assert compare.show(saved, new, compare.Console(width=500)) == 0
+    shown = capsys.readouterr().out
+    assert "Warning" in shown
+    assert "→ abacus" in shown
+    assert "Not in the new run" in shown
 
 
-def test_the_compiled_adamw_needs_no_more_temporaries_than_optax(tables):
-    optax, ours = figure(tables[0], "AdamW", "temporary bytes per parameter")
-    assert ours <= optax
+def test_scaling_draws_its_curves(tmp_path):
+    done = run("scaling.py", "--quick", "--rounds", "1", "--picture", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "clip + AdamW"])
-def test_thirty_two_leaves_of_two_shapes_trace_to_a_third_of_the_equations(tables, optimizer):
-    optax, ours = figure(tables[0], optimizer, "equations to trace")
-    assert ours <= optax / 3
-
-
-def test_a_pattern_that_matches_nothing_says_how_names_look():
-    done = run("--only", "no such workload")
-    assert done.returncode != 0
-    assert "WORKLOAD/OPTIMIZER/FIGURE" in done.stderr
+def test_a_pattern_that_matches_nothing_lists_the_names():
+    with pytest.raises(SystemExit, match="un-jitted AdamW, 4 leaves/un-jitted update"):
+        command.choose(command.parse(["--quick", "--only", "no such work"]))
