@@ -213,16 +213,25 @@ def _joined(leaves: list[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _concatenated(dtype: Any, leaves: list[Any]) -> jax.Array:
-    return jnp.concatenate([numerics.cast(leaf, dtype).reshape(-1) for leaf in leaves])
+    # XLA must not look through the barrier: it would search for the leaf again at every element that is read
+    return _barrier(jnp.concatenate([numerics.cast(leaf, dtype).reshape(-1) for leaf in leaves]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _split(shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...], flat: Any) -> list[jax.Array]:
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-    parts = jnp.split(flat, ends)
-    return [
-        numerics.cast(part.reshape(shape), dtype) for part, shape, dtype in zip(parts, shapes, dtypes, strict=True)
-    ]
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    # starts that XLA does not know make equal slices one kernel, where each would be compiled by itself
+    starts = _barrier([np.int32(start) for start in np.cumsum([0, *sizes[:-1]])])
+    parts = zip(shapes, dtypes, sizes, starts, strict=True)
+    flat = _barrier(flat)
+    return [numerics.cast(_slice(flat, start, size).reshape(shape), dtype) for shape, dtype, size, start in parts]
+
+
+_barrier = jax.lax.optimization_barrier
+
+
+def _slice(flat: Any, start: Any, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice(flat, (start,), (size,), allow_negative_indices=False)
 
 
 def _everywhere(flat: Any, leaves: list[Any]) -> Any:
