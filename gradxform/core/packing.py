@@ -58,13 +58,13 @@ class Layout:
         flat = tuple(_joined([leaves[place] for place in kind]) for kind in self.kinds)
         return PackedLeaves(flat, masked(self.others, None, leaves, self.structure))
 
-    def unpack(self, name: str, tree: PackedLeaves, dtypes: Sequence[Any] | None = None) -> Any:
+    def unpack(self, name: str, count: Any, tree: PackedLeaves, dtypes: Sequence[Any] | None = None) -> Any:
         """The tree that a packed one stands for; the leaves of flat arrays in these dtypes, or theirs."""
         leaves = column(f"{name}.others", tree.others, self.structure)
         for kind, flat in zip(self.kinds, tree.packed, strict=True):
             if not isinstance(flat, optax.MaskedNode):
                 own = [trees.dtype_of(flat) if dtypes is None else dtypes[place] for place in kind]
-                parts = _split(tuple(self.shapes[place] for place in kind), tuple(own), flat)
+                parts = _split(tuple(self.shapes[place] for place in kind), tuple(own), count, flat)
                 for place, part in zip(kind, parts, strict=True):
                     leaves[place] = part
         return self.structure.unflatten(leaves)
@@ -116,9 +116,7 @@ class Packed(Wrapper):
     def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
         return self._run("advance", updates, state, params, call, taken)
 
-    def _run(
-        self, how: str, updates: Any, state: Any, params: Any, call: Call, taken: Any
-    ) -> tuple[Any, Any, Report]:
+    def _run(self, how: str, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
         """The method `how` of what is wrapped, with the packed trees."""
         if params is None:
             raise ValueError(f"{self.name} needs the parameters: call update(updates, state, params)")
@@ -129,7 +127,7 @@ class Packed(Wrapper):
         self._check(state, layout, leaves)
         small = layout.pack(leaves.updates), state, layout.pack(leaves.params)
         result, new_state, report = getattr(program, how)(*small, call, taken)
-        return layout.unpack("updates", result, leaves.final), new_state, report
+        return layout.unpack("updates", state.count, result, leaves.final), new_state, report
 
     def _check(self, state: Any, layout: Layout, leaves: Leaves) -> None:
         """Raise unless the state is packed like this, and the leaves of an array are sharded alike in `shard_map`."""
@@ -213,21 +211,20 @@ def _joined(leaves: list[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _concatenated(dtype: Any, leaves: list[Any]) -> jax.Array:
-    # XLA must not look through the barrier: it would search for the leaf again at every element that is read
-    return _barrier(jnp.concatenate([numerics.cast(leaf, dtype).reshape(-1) for leaf in leaves]))
+    return jnp.concatenate([numerics.cast(leaf, dtype).reshape(-1) for leaf in leaves])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _split(shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...], flat: Any) -> list[jax.Array]:
+def _split(shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...], count: Any, flat: Any) -> list[jax.Array]:
+    if len(set(dtypes)) == 1:
+        flat = numerics.cast(flat, dtypes[0])
+    # XLA would compute the flat array anew for every slice, and compile each by itself; it does not look through a
+    # branch, although this one is never taken, and equal slices are one kernel if it does not know where they start
+    flat = jax.lax.cond(count < 0, jnp.negative, lambda x: x, flat)
     sizes = [int(np.prod(shape)) for shape in shapes]
-    # starts that XLA does not know make equal slices one kernel, where each would be compiled by itself
-    starts = _barrier([np.int32(start) for start in np.cumsum([0, *sizes[:-1]])])
+    starts = jax.lax.optimization_barrier([np.int32(start) for start in np.cumsum([0, *sizes[:-1]])])
     parts = zip(shapes, dtypes, sizes, starts, strict=True)
-    flat = _barrier(flat)
     return [numerics.cast(_slice(flat, start, size).reshape(shape), dtype) for shape, dtype, size, start in parts]
-
-
-_barrier = jax.lax.optimization_barrier
 
 
 def _slice(flat: Any, start: Any, size: int) -> jax.Array:

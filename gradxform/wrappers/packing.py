@@ -90,7 +90,9 @@ def unpack_state(tx: optax.GradientTransformation, state: Any, params: Any) -> A
         if layout.kinds:
             for name in body.moments:
                 layout.check(f"state.{name}", getattr(node, name))
-        return node._replace(**{n: layout.unpack(f"state.{n}", getattr(node, n)) for n in _moments(body, layout)})
+        return node._replace(
+            **{n: layout.unpack(f"state.{n}", node.count, getattr(node, n)) for n in _moments(body, layout)}
+        )
 
     return _mapped("unpack_state", body, unpacked, state)
 
