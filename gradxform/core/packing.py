@@ -81,7 +81,8 @@ class Layout:
                 first = trees.name_leaf("params", self.structure, kind[0])
                 rest = f" and {len(kind) - 1} more" if len(kind) > 1 else ""
                 raise ValueError(
-                    f"{name}.packed[{place}] is {trees.describe(flat)}, for {first}{rest} its shape is [{size}]; {_ANEW}"
+                    f"{name}.packed[{place}] is {trees.describe(flat)}, for {first}{rest} its shape is [{size}]; "
+                    f"{_ANEW}"
                 )
 
 

@@ -62,8 +62,8 @@ def packed(tx: optax.GradientTransformation, max_size: int = 4096) -> Transforma
     for stage in stages:
         if not isinstance(stage, Rule):
             raise TypeError(
-                f"packed joins leaves, and {stage!r} may look at each: put it around, as in skip_nonfinite(packed(tx)), "
-                "or beside, as in chain(optax_tx, packed(tx))"
+                f"packed joins leaves, and {stage!r} may look at each: put it around, as in "
+                "skip_nonfinite(packed(tx)), or beside, as in chain(optax_tx, packed(tx))"
             )
     assert isinstance(body, Program)
     return Transformation.of(Packed(body, count_of("max_size", max_size)))
