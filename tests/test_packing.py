@@ -94,7 +94,7 @@ def test_low_precision_parameters(params):
 def test_a_global_norm_is_of_all_leaves():
     tx = gx.chain(gx.clip_by_global_norm(0.5), gx.adamw(0.1))
     packed = gx.packed(tx, SIZE)
-    for one, other in zip(jax.tree.leaves(walk(packed)), jax.tree.leaves(walk(tx)), strict=True):
+    for one, other in zip(jax.tree.leaves(walk(packed)[0]), jax.tree.leaves(walk(tx)[0]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)  # the norm may differ in its last bit
     clip = gx.packed(gx.clip_by_global_norm(0.5), SIZE)
     clipped, _ = clip.update(gradients(0), clip.init(PARAMS), PARAMS)
@@ -106,7 +106,6 @@ WRAPPERS = {
     "skip_nonfinite": gx.skip_nonfinite,
     "accumulate": lambda tx: gx.accumulate(tx, 2),
     "observe": gx.observe,
-    "chain": lambda tx: gx.chain(optax.clip(1.0), tx),
 }
 
 
@@ -116,9 +115,8 @@ def test_what_goes_around_it(wrap):
     packed = wrap(gx.packed(gx.adamw(0.1), SIZE))
     (params, state), (expected, plain) = walk(packed, steps=3), walk(tx, steps=3)
     assert_same(params, expected)
-    if wrap is not WRAPPERS["chain"]:
-        assert_same(gx.unpack_state(packed, state, params), plain)
-        assert_same(gx.pack_state(packed, plain, params), state)
+    assert_same(gx.unpack_state(packed, state, params), plain)
+    assert_same(gx.pack_state(packed, plain, params), state)
 
 
 def test_a_bad_step_changes_no_bit():
