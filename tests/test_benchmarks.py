@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip("matplotlib", reason="the benchmark draws with matplotlib")
 pytest.importorskip("rich", reason="the benchmark prints with rich")
 

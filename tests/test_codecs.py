@@ -12,6 +12,8 @@ import pytest
 from gradxform.codecs import CODECS, dynamic_map, midpoints
 from gradxform.numerics import random_bits, seed_for
 
+pytestmark = pytest.mark.once
+
 every_codec = pytest.mark.parametrize("codec", [codec(signed) for codec in CODECS.values() for signed in (True, False)])
 RANDOM = np.random.default_rng(0)
 there_and_back = jax.jit(lambda codec, blocks, bits: codec.decode(*codec.encode(blocks, bits)), static_argnums=0)

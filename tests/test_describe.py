@@ -16,6 +16,8 @@ from flax import nnx
 
 import gradxform as gx
 
+pytestmark = pytest.mark.once
+
 PARAMS = {
     "embed": jnp.ones((4, 3), jnp.bfloat16),
     "layers": [{"kernel": jnp.ones((3, 3), jnp.bfloat16), "bias": jnp.ones(3)} for _ in range(2)],

@@ -17,6 +17,8 @@ import pytest
 import gradxform as gx
 from tests.strategies import assert_same
 
+pytestmark = pytest.mark.once
+
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 TX = gx.adamw(gx.live(0.1), b1=optax.constant_schedule(0.9))
 STATE = TX.init(PARAMS)

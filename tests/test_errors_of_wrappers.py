@@ -15,6 +15,8 @@ import gradxform as gx
 from tests.strategies import assert_same
 from tests.test_errors import Row, check, table
 
+pytestmark = pytest.mark.once
+
 PARAMS = {"w": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(3)}
 ADAMW = gx.adamw(gx.live(0.1))
 WRAPPERS = {

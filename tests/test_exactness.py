@@ -16,6 +16,8 @@ import pytest
 
 import gradxform as gx
 
+pytestmark = pytest.mark.once
+
 STEPS, ELEMENTS = 1000, 4
 BETAS = [(0.9, 0.999), (0.95, 0.98)]
 EPS = 1e-8

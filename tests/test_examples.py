@@ -17,10 +17,14 @@ import pytest
 import gradxform as gx
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PICTURES = {"compare", "landscape", "train_transformer"}
+EXAMPLES = [
+    pytest.param(path, marks=[pytest.mark.once] if path.stem in PICTURES else [], id=path.stem)
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_example_runs(example, tmp_path):
     draws = "--out" in example.read_text()
     command = [sys.executable, "-W", "error", str(example), "--quick", *(["--out", str(tmp_path)] if draws else [])]

@@ -15,6 +15,8 @@ import pytest
 import gradxform as gx
 from tests.strategies import assert_close, assert_same
 
+pytestmark = pytest.mark.once
+
 
 class Head(NamedTuple):
     """A node whose paths are field names."""

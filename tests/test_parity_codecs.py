@@ -12,6 +12,8 @@ import pytest
 import gradxform as gx
 from gradxform.codecs import CODECS, dynamic_map
 
+pytestmark = pytest.mark.once
+
 torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
 pytest.importorskip("torchao", reason="it comes with torch")
 pytest.importorskip("flashoptim_jax", reason="it comes with torch")

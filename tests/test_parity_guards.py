@@ -19,6 +19,8 @@ import pytorch_optimizer
 import torch
 import zclip
 
+pytestmark = pytest.mark.once
+
 # Both sides are float64: each norm, average and update rounds a few times, by 2⁻⁵³ = 1.1e-16, and an average with
 # decay 0.98 remembers some fifty of them: 1.6e-14 if all went the same way. Measured 2.3e-15.
 RTOL = 2e-14

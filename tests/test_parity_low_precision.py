@@ -10,6 +10,8 @@ import pytest
 
 import gradxform as gx
 
+pytestmark = pytest.mark.once
+
 torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer", reason="it comes with torch")
 flash = pytest.importorskip("pytorch_optimizer.optimizer.flash_adamw", reason="it comes with torch")

@@ -11,6 +11,8 @@ import pytest
 import gradxform as gx
 from tests import twins
 
+pytestmark = pytest.mark.once
+
 # Both sides take five steps in float32 on matrices of at most 24 rows, each step multiplying what was rounded off by up
 # to 8.2; then a learning rate of 0.02 and twelve steps. Measured 2e-6.
 TOLERANCE = 2e-5

@@ -13,6 +13,8 @@ import pytest
 import gradxform as gx
 from tests import twins
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):

@@ -11,6 +11,8 @@ import pytest
 import gradxform as gx
 from tests import twins
 
+pytestmark = pytest.mark.once
+
 torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
 
 # Both sides round θ and the moments at each of fifty steps, by 2⁻²⁴ or 2⁻⁵³; relative to the largest that an

@@ -6,6 +6,9 @@ import pathlib
 import re
 
 import jax
+import pytest
+
+pytestmark = pytest.mark.once
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 

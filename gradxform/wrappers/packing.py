@@ -25,8 +25,8 @@ def packed(tx: optax.GradientTransformation, max_size: int = 4096) -> Transforma
     copying them costs more, and so do frozen ones and those on which a rule acts that looks at each leaf as a whole,
     such as `orthogonalize`. Masks and the patterns of `by_path` see the parameters as they are.
 
-    Updates and state are those of ``tx`` to the bit, with two exceptions: a global norm is of all leaves, but summed in
-    another order, and bfloat16 moments are rounded by other random bits. It is slower where leaves are few.
+    Updates and state are those of ``tx``, up to the rounding of what a compiler fuses otherwise; a global norm is of
+    all leaves, but summed in another order. It is slower where leaves are few.
 
     Where parameters themselves may be one array, that is faster still, with any transformation::
 
@@ -70,7 +70,7 @@ def packed(tx: optax.GradientTransformation, max_size: int = 4096) -> Transforma
 
 
 def unpack_state(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
-    """The state of the same transformation without `packed`, to the bit: to save it, look at it or go on without.
+    """The state of the same transformation without `packed`: to save it, look at it or go on without.
 
     Args:
       tx: What `packed` returned, or that in guards or other wrappers.
@@ -98,7 +98,7 @@ def unpack_state(tx: optax.GradientTransformation, state: Any, params: Any) -> A
 
 
 def pack_state(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
-    """The state of a packed transformation from that of the same one without `packed`, to the bit.
+    """The state of a packed transformation from that of the same one without `packed`.
 
     Args:
       tx: See `unpack_state`.
