@@ -272,7 +272,7 @@ def rate(step):
         ("normuon", {}),
         ("normuon", {"learning_rate": rate, "beta2": 0.5, "weight_decay": 0.1, "method": "polar_express", "eps": 1e-3}),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_optimizer_walks_with_its_twin(name, options, dtype):
     options = {"learning_rate": 0.02, **options}
