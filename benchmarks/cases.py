@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 
 import optax
@@ -187,15 +186,9 @@ def guard(shapes: Shapes) -> Case:
         Contender("optax, apply_if_finite", lambda: optax.apply_if_finite(optax_clipped(), 10)),
         Contender("gradxform, unguarded", our_clipped),
         Contender("gradxform, skip_nonfinite", lambda: gx.skip_nonfinite(our_clipped())),
-        Contender("gradxform, observe", lambda: gx.observe(gx.skip_nonfinite(our_clipped()))),
+        Contender("gradxform, observe gradient", lambda: gx.observe(gx.skip_nonfinite(our_clipped()), of="gradient")),
+        Contender("gradxform, observe all", lambda: gx.observe(gx.skip_nonfinite(our_clipped()))),
     ]
-    if "every" in inspect.signature(gx.observe).parameters:
-        every = Contender(
-            "gradxform, observe every 10",
-            lambda: gx.observe(gx.skip_nonfinite(our_clipped()), every=10),  # pyright: ignore (it may not be there)
-            calls=10,
-        )
-        contenders.append(every)
     limits = {"gradxform, unguarded": 1.2, "optax, apply_if_finite": 0.5}
     guarded = [contender.name for contender in contenders[2:]]
     goals = [Goal(STEP, limit, who, base) for base, limit in limits.items() for who in guarded]
@@ -203,7 +196,7 @@ def guard(shapes: Shapes) -> Case:
         "clip + AdamW behind a guard, GPT-2-like tree",
         shapes,
         tuple(contenders),
-        (*goals, *exact("gradxform, skip_nonfinite", 0.1)),
+        (*goals, *exact("gradxform, skip_nonfinite", 0.1), *exact("gradxform, observe gradient", 0.1)),
     )
 
 
@@ -248,16 +241,11 @@ def low_bit(where: str, shapes: Shapes) -> Case:
 
 def dispatch(shapes: Shapes) -> Case:
     """Many tiny leaves, where each costs a fixed time; and what storing them together saves."""
-    contenders = [OPTAX_ADAMW, OUR_ADAMW]
-    goals = [Goal(STEP, 1.0)]
-    if hasattr(gx, "packed"):
-        packed = Contender("gradxform, packed state", lambda: gx.packed(gx.adamw(**ADAMW)), in_step)  # pyright: ignore
-        contenders.append(packed)
-        goals.append(Goal(STEP, 0.65, packed.name))
+    packed = Contender("gradxform, packed state", lambda: gx.packed(gx.adamw(**ADAMW)), in_step)
     flat = Contender("gradxform, all flat", OUR_ADAMW.make, flat=True)
-    goals.append(Goal(STEP, 0.12, flat.name))
+    goals = (Goal(STEP, 1.0), Goal(STEP, 0.65, packed.name), Goal(STEP, 0.12, flat.name))
     name = f"AdamW, {len(shapes)} leaves of 1 k"
-    return Case(name, shapes, (*contenders, flat), tuple(goals), outsiders())
+    return Case(name, shapes, (OPTAX_ADAMW, OUR_ADAMW, packed, flat), goals, outsiders())
 
 
 def muon(count: int, rows: int, columns: int, last: bool) -> Case:

@@ -483,3 +483,52 @@ def test_it_learns_what_a_matrix_does():
 
     _, losses = jax.lax.scan(step, (params, tx.init(params)), length=100)
     assert losses[-1] < 1e-3 * losses[0]
+
+
+# Leaves of one shape together
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_leaves_of_a_shape_may_go_together(name):
+    random = np.random.default_rng(0)
+    shapes = [(6, 4), (6, 4), (4, 6), (6, 4)]
+    params = {f"{i}/kernel": jnp.asarray(random.normal(size=shape), jnp.float32) for i, shape in enumerate(shapes)}
+    params |= {"bias": jnp.ones(4), "other": jnp.ones(4)}
+    gradients = jax.tree.map(lambda leaf: 0.3 * leaf + 0.1, params)
+    alone, together = (
+        getattr(gx, name)(0.02, ".*/kernel", gx.adamw(0.1), weight_decay=0.1, batched=batched)
+        for batched in (False, True)
+    )
+    results = []
+    for tx in (alone, together):
+        theta, state = params, tx.init(params)
+        for _ in range(2):
+            theta, state = jax.jit(lambda p, s, tx=tx: gx.step(tx, gradients, s, p))(theta, state)
+        results.append((theta, state))
+    # products of matrices summed in another order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+
+
+def test_how_many_leaves_go_together_is_seen_in_the_program():
+    params = {f"{i}/kernel": jnp.ones((6, 4)) for i in range(5)}
+
+    def calls(batched):
+        tx = gx.muon(0.02, ".*/kernel", batched=batched)
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params)).count("name=leaf_update")
+
+    assert (calls(False), calls(True)) == (5, 1)
+    assert calls(None) == 5  # on a CPU
+
+
+def test_guards_and_frozen_leaves_among_those_that_go_together():
+    params = {f"{i}/kernel": jnp.eye(4) for i in range(3)}
+    muon = gx.muon(0.02, ".*/kernel", batched=True)
+    tx = gx.skip_nonfinite(gx.chain(gx.by_path({"1/kernel": gx.freeze()}, default=gx.identity()), muon))
+    state = tx.init(params)
+    good = jax.tree.map(jnp.ones_like, params)
+    updates, state = tx.update(good, state, params)
+    assert (updates["1/kernel"] == 0).all()
+    assert (updates["0/kernel"] == updates["2/kernel"]).all()
+    bad, after = tx.update(jax.tree.map(lambda leaf: leaf * jnp.nan, good), state, params)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(bad))
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (after.inner, state.inner)), strict=True))

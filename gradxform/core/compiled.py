@@ -48,6 +48,22 @@ def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any
     return leaf_update
 
 
+@functools.lru_cache(maxsize=4096)
+def on_batch(rules: tuple[Rule, ...]) -> Callable[..., list[tuple[jax.Array, tuple[Any, ...]]]]:
+    """`on_leaf` for several leaves of one shape, stacked; what differs from leaf to leaf comes in lists."""
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def batch_update(how, final, dtype, scalars, own, updates, slots, params, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        def one(own: Any, update: Any, slots: Any, param: Any) -> Any:
+            return on_leaf(rules)(how, final, dtype, scalars, own, update, slots, param, taken)
+
+        stacks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *some) for some in (own, updates, slots, params))
+        results = jax.vmap(one)(*stacks)
+        return [jax.tree.map(lambda whole, place=place: whole[place], results) for place in range(len(updates))]
+
+    return batch_update
+
+
 def _update(update: jax.Array, dtype: np.dtype[Any], taken: Any) -> jax.Array:
     update = numerics.cast(update, dtype)
     return update if taken is None else jnp.where(taken, update, numerics.no_update(update))

@@ -17,7 +17,7 @@ from gradxform.core import trees
 from gradxform.core.arguments import visible_dtype
 from gradxform.core.body import Alone, Call, Report
 from gradxform.core.coded import Coded, coded_update
-from gradxform.core.compiled import How, gathered, landed, on_leaf, owned_slots, prepared, slot_avals
+from gradxform.core.compiled import How, gathered, landed, on_batch, on_leaf, owned_slots, prepared, slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, masked, widened
 from gradxform.core.masks import Mask
 from gradxform.core.rules import NOTHING, Rule, Scalars
@@ -160,17 +160,21 @@ def run_rules(
     slots = _slots_by_leaf(segment, rules, owned, state, leaves)
     _check_whole(segment, rules, leaves)
     scalars, own, memory, report = _scalars(segment, rules, state, values, leaves, call)
-    compiled = {id(some): on_leaf(some) for some in {id(some): some for some in rules}.values() if _acts(some)}
-    results = [
-        (coded_update(some) if any(isinstance(one, Coded) for one in slot) else compiled[id(some)])(
-            how, dtype if how == "wide" else final, dtype, scalars[dtype], number, update, slot, param, taken
-        )
-        if id(some) in compiled
-        else (_untouched(how, dtype, update, param, taken), ())
-        for some, final, dtype, number, update, slot, param in zip(
-            rules, leaves.final, leaves.arithmetic, own, leaves.updates, slots, leaves.params, strict=True
-        )
-    ]
+    acts = {id(some): _acts(some) for some in rules}
+    results: list[Any] = [None] * len(rules)
+    for places in _together(rules, leaves, slots):
+        place = places[0]
+        some, dtype, update, param = rules[place], leaves.arithmetic[place], leaves.updates[place], leaves.params[place]
+        kind = how, dtype if how == "wide" else leaves.final[place], dtype, scalars[dtype]
+        if not acts[id(some)]:
+            results[place] = _untouched(how, dtype, update, param, taken), ()
+        elif len(places) > 1:
+            columns = [[column[i] for i in places] for column in (own, leaves.updates, slots, leaves.params)]
+            for i, result in zip(places, on_batch(some)(*kind, *columns, taken), strict=True):
+                results[i] = result
+        else:
+            run = coded_update if any(isinstance(slot, Coded) for slot in slots[place]) else on_leaf
+            results[place] = run(some)(*kind, own[place], update, slots[place], param, taken)
     fields = _fields(segment, owned, [new for _, new in results], leaves.structure)
     return dataclasses.replace(leaves, updates=[update for update, _ in results]), fields | memory, report
 
@@ -182,6 +186,27 @@ def _check_whole(segment: Segment, rules: list[tuple[Rule, ...]], leaves: Leaves
             for index, (some, update) in enumerate(zip(rules, leaves.updates, strict=True)):
                 if some[place] is not NOTHING:
                     trees.check_whole(update, rule.name, leaves.structure, index)
+
+
+def _together(rules: list[tuple[Rule, ...]], leaves: Leaves, slots: list[tuple[Any, ...]]) -> list[list[int]]:
+    """The places of leaves, each alone but those whose rules want to be `batched`, or where the backend gains by it."""
+    wanted = {id(some): {rule.batched for outer in some for rule in outer.walk()} for some in rules}
+    if all(some <= {False} for some in wanted.values()):
+        return [[place] for place in range(len(rules))]
+    groups: dict[Any, list[int]] = {}
+    for place, (some, update, slot) in enumerate(zip(rules, leaves.updates, slots, strict=True)):
+        gains = None in wanted[id(some)] and jax.default_backend() != "cpu" and np.size(update) <= _LARGEST_BATCHED
+        kind: Any = place
+        if (True in wanted[id(some)] or gains) and not any(isinstance(one, Coded) for one in slot):
+            given = update, leaves.params[place], *slot
+            avals = tuple(None if one is None else trees.aval(one) for one in given)
+            kind = id(some), leaves.arithmetic[place], leaves.final[place], avals
+        groups.setdefault(kind, []).append(place)
+    return list(groups.values())
+
+
+_LARGEST_BATCHED = 1 << 20
+"""Elements of a leaf beyond which one matrix keeps a device busy."""
 
 
 def _untouched(how: How, dtype: Any, update: Any, param: Any, taken: Any) -> Any:

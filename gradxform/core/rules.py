@@ -105,6 +105,7 @@ class Rule:
     axis_name: tuple[str, ...] | None = None
     mask: Mask | None = None
     whole: bool = False
+    batched: bool | None = False
     freezes: bool = False
     needs_params: bool = False
     state_dtype: np.dtype[Any] | None = None

@@ -32,6 +32,7 @@ def muon(
     scale: str | None = "jordan",
     eps: Numeric = 1e-7,
     dtype: Any = None,
+    batched: bool | None = None,
     state_dtype: Any = None,
 ) -> Transformation:
     """m ← β·m + (1 − β)·g,  U·S·Vᵀ = β·m + (1 − β)·g,  θ ← θ − α·(s·U·Vᵀ + λ·θ), for hidden matrices.
@@ -50,7 +51,7 @@ def muon(
       beta: β in [0, 1).
       nesterov: Orthogonalise the lookahead, as above; False for m.
       weight_decay: λ ≥ 0 of the matrices, times α and not s. Jordan uses 0, Liu et al. 0.1.
-      method, steps, coefficients, scale, eps, dtype: See `orthogonalize`.
+      method, steps, coefficients, scale, eps, dtype, batched: See `orthogonalize`.
       state_dtype: Dtype of the momentum; see `scale_by_momentum`.
 
     Raises:
@@ -76,7 +77,14 @@ def muon(
         return chain(
             scale_by_momentum(fraction(beta, "beta"), nesterov=nesterov, state_dtype=state_dtype),
             orthogonalize(
-                layout, method=method, steps=steps, coefficients=coefficients, scale=scale, eps=eps, dtype=dtype
+                layout,
+                method=method,
+                steps=steps,
+                coefficients=coefficients,
+                scale=scale,
+                eps=eps,
+                dtype=dtype,
+                batched=batched,
             ),
             add_decoupled_weight_decay(weight_decay),
             scale_by_learning_rate(learning_rate),
@@ -100,6 +108,7 @@ def normuon(
     scale: str | None = "jordan",
     eps: Numeric = 1e-8,
     dtype: Any = None,
+    batched: bool | None = None,
     state_dtype: Any = None,
 ) -> Transformation:
     """O ← s·U·Vᵀ as in `muon`,  v ← β₂·v + (1 − β₂)·mean(O²) for each neuron,  θ ← θ − α·(c·O/(√v + ε) + λ·θ)
@@ -107,8 +116,8 @@ def normuon(
     c keeps each matrix's Frobenius norm; see `normalize_by_neuron`.
 
     Args:
-      learning_rate, matrices, other, beta, nesterov, weight_decay, method, steps, coefficients, scale, dtype: See
-        `muon`.
+      learning_rate, matrices, other, beta, nesterov, weight_decay, method, steps, coefficients, scale, dtype, batched:
+        See `muon`.
       beta2: β₂ in [0, 1).
       eps: ε ≥ 0 beside √v.
       state_dtype: Dtype of the momentum and of v; see `normalize_by_rms`.
@@ -130,7 +139,15 @@ def normuon(
     def on(layout: str) -> Transformation:
         return chain(
             scale_by_momentum(fraction(beta, "beta"), nesterov=nesterov, state_dtype=state_dtype),
-            orthogonalize(layout, method=method, steps=steps, coefficients=coefficients, scale=scale, dtype=dtype),
+            orthogonalize(
+                layout,
+                method=method,
+                steps=steps,
+                coefficients=coefficients,
+                scale=scale,
+                dtype=dtype,
+                batched=batched,
+            ),
             normalize_by_neuron(fraction(beta2, "beta2"), eps, layout=layout, state_dtype=state_dtype),
             add_decoupled_weight_decay(weight_decay),
             scale_by_learning_rate(learning_rate),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform.core.arguments import FINITE, count_of, float_dtype, number_in, one_of
+from gradxform.core.arguments import FINITE, count_of, flag, float_dtype, number_in, one_of
 from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, Option, non_negative
 from gradxform.core.layouts import layout_of
@@ -32,6 +32,7 @@ def orthogonalize(
     scale: str | None = None,
     eps: Numeric = 1e-7,
     dtype: Any = None,
+    batched: bool | None = None,
 ) -> Transformation:
     """U·S·Vᵀ ← u/(‖u‖ + ε),  u ← s·U·pₖ(…p₁(S))·Vᵀ ≈ s·U·Vᵀ, for every matrix of a leaf.
 
@@ -62,6 +63,8 @@ def orthogonalize(
       eps: ε ≥ 0.
       dtype: Dtype of the products after the norm was divided out, such as ``"bfloat16"``; default that of the
         leaf's arithmetic, float32 or more, at full precision on every device.
+      batched: Whether leaves of one shape are multiplied together, as one array: True, False, or None to do so where
+        it is the faster way: not on CPUs, and for leaves of at most 2²⁰ elements.
 
     Raises:
       TypeError, ValueError: if an argument is none of these, and in ``update`` if a leaf has not this layout, is
@@ -88,6 +91,7 @@ def orthogonalize(
         _orthogonalize,
         constructor=orthogonalize,
         whole=True,
+        batched=None if batched is None else flag("batched", batched),
         layout=layout_of(layout).text,
         method=one_of("method", method, *_METHODS),
         steps=Option(steps),
