@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 import gradxform as gx
 from tests.strategies import OPTIMIZERS, Layer, assert_close, assert_same, signature
 
+pytestmark = pytest.mark.once
+
 # XLA rounds a·b + c once or twice, depending on what is compiled together; a few steps have a few dozen operations
 FUSION = 32 * float(jnp.finfo(jnp.float32).eps)
 

@@ -16,6 +16,8 @@ import pytest
 import gradxform as gx
 from tests.strategies import assert_same, signature
 
+pytestmark = pytest.mark.once
+
 # Every kind of leaf, with an entry of −0.
 PARAMS = {
     "half": jnp.asarray([1.0, -0.0, 2.0], jnp.float16),

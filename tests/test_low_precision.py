@@ -253,6 +253,8 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import gradxform as gx
 
+pytestmark = pytest.mark.once
+
 mesh = Mesh(np.array(jax.devices()), ("x",))
 assert mesh.size == 8
 random = np.random.default_rng(0)

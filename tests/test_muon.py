@@ -14,6 +14,8 @@ import gradxform as gx
 from tests import muon_twins, twins
 from tests.strategies import assert_same
 
+pytestmark = pytest.mark.once
+
 METHODS = ("newton_schulz", "polar_express", "gram")
 # Five steps on matrices whose sides are at most 24. A step multiplies what was rounded off by up to 8.2 where the
 # singular value is small, 2 to 4 after the first; in units of 2⁻²⁴ or 2⁻⁵³, ten times what was measured.

@@ -15,6 +15,8 @@ from flax.training.train_state import TrainState
 import gradxform as gx
 from tests.strategies import signature
 
+pytestmark = pytest.mark.once
+
 # Both sides round a norm to float32: a sum of at most ten squares, a root and a quotient.
 RTOL = 1e-6
 
