@@ -75,10 +75,11 @@ def round_to(x: Array, dtype: Any, bits: Array | None = None) -> Array:
 def own_bits(x: Array, seed: Array) -> Array:
     """32 bits per float32 number of which the upper ones are random: a hash of `seed` and the number itself.
 
-    Over seeds uniform for every number, whatever its neighbours are, and no device needs to know where in the array it
-    is. Equal numbers of one step get equal bits, which moments can bear; `random_bits` are for what cannot.
+    Over seeds exactly uniform for every number, whatever its neighbours are, and no device needs to know where in the
+    array it is. Equal numbers of one step get equal bits, which moments can bear; `random_bits` are for what cannot.
     """
-    return jax.lax.bitcast_convert_type(x, np.uint32) * np.uint32(_GOLDEN) + seed
+    mixed = (jax.lax.bitcast_convert_type(x, np.uint32) ^ seed) * np.uint32(_GOLDEN)
+    return (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
 
 
 def rounded_at_random(x: Array, dtype: Any, seed: Array) -> Array:

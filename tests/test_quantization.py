@@ -20,6 +20,8 @@ from gradxform.codecs import CODECS
 from gradxform.wrappers.quantization import decoded
 from tests.strategies import assert_close, assert_same, signature
 
+pytestmark = pytest.mark.once
+
 every_codec = pytest.mark.parametrize("codec", CODECS)
 PARAMS = {"kernel": jnp.ones((16, 512)), "odd": jnp.ones((512, 9)), "bias": jnp.zeros(512)}
 

@@ -90,8 +90,8 @@ def lift(
         ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
       whole: Whether `update` needs whole arrays, for a norm or a product of matrices: inside `jax.shard_map` a
         shard then raises.
-      batched: Whether leaves of one shape go through the chain together, stacked, with `update` under `jax.vmap`: True,
-        False, or None where products of matrices gain by it: on GPUs and TPUs, up to 2²⁰ elements a leaf.
+      batched: Whether leaves of one shape go through the chain stacked, with `update` under `jax.vmap`. None does so
+        where products of matrices gain by it, on GPUs and TPUs, for leaves of up to 2²⁰ elements.
       needs_params: Whether `update` reads ``param``.
       constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
         at their defaults are left out. Default: the function in which `update` is defined.

@@ -63,8 +63,8 @@ def orthogonalize(
       eps: ε ≥ 0.
       dtype: Dtype of the products after the norm was divided out, such as ``"bfloat16"``; default that of the
         leaf's arithmetic, float32 or more, at full precision on every device.
-      batched: Whether leaves of one shape are multiplied together, as one array: True, False, or None to do so where
-        it is the faster way: not on CPUs, and for leaves of at most 2²⁰ elements.
+      batched: Whether leaves of one shape are multiplied together, as one array. None does so where it is the faster
+        way, which is not on CPUs, and for leaves of at most 2²⁰ elements.
 
     Raises:
       TypeError, ValueError: if an argument is none of these, and in ``update`` if a leaf has not this layout, is
