@@ -18,6 +18,8 @@ from numpyro.infer.autoguide import AutoNormal
 
 import gradxform as gx
 
+pytestmark = pytest.mark.once
+
 with warnings.catch_warnings():
     # its last release says so on every import
     warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)

@@ -25,6 +25,8 @@ import gradxform as gx
 from gradxform import numerics
 from tests.strategies import gradient, signature, walk
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parent.parent
 LOW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 FORMS = {
@@ -254,8 +256,6 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import gradxform as gx
-
-pytestmark = pytest.mark.once
 
 mesh = Mesh(np.array(jax.devices()), ("x",))
 assert mesh.size == 8

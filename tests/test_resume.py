@@ -16,6 +16,8 @@ import sklearn.datasets
 
 import gradxform as gx
 
+pytestmark = pytest.mark.once
+
 STEPS, INTERRUPTED = 20, 10
 OPTIMIZERS = {
     "scheduled": gx.adamw(optax.cosine_decay_schedule(0.02, STEPS)),

@@ -20,15 +20,11 @@ BAD = jax.tree.map(lambda leaf: leaf * jnp.nan, PARAMS)
 CLIPPED = gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(0.1, weight_decay=0.1))
 GROUPED = gx.by_path({"embed": gx.freeze(), ".*bias": {"weight_decay": 0.0}}, default=CLIPPED)
 TRANSFORMATIONS = {
-    "adamw": gx.adamw(0.1),
     "clipped": CLIPPED,
-    "groups": GROUPED,
     "nothing": gx.identity(),
     "bfloat16 moments": gx.adam(0.1, state_dtype="bfloat16"),
-    "guarded": gx.skip_nonfinite(CLIPPED),
     "guarded groups": gx.skip_nonfinite(GROUPED),
     "guarded twice": gx.skip_spikes(gx.skip_nonfinite(gx.clip_by_zscore()), window=2),
-    "observed": gx.observe(gx.skip_nonfinite(CLIPPED)),
     "gradient observed": gx.observe(gx.skip_nonfinite(CLIPPED), of="gradient"),
     "accumulated": gx.accumulate(gx.skip_nonfinite(CLIPPED), every=2),
     "guarded accumulation": gx.skip_nonfinite(gx.accumulate(gx.sgd(0.1, momentum=0.9), every=2)),
@@ -36,7 +32,6 @@ TRANSFORMATIONS = {
     "guarded codes": gx.skip_nonfinite(gx.quantize_state(CLIPPED, min_size=256)),
     "coded guard": gx.quantize_state(gx.skip_nonfinite(gx.adamw(0.1)), min_size=256),
     "foreign last": gx.chain(gx.scale_by_momentum(0.9), optax.scale(-0.1)),
-    "foreign group": gx.by_path({"embed": optax.sgd(0.1, momentum=0.9)}, default=gx.adamw(0.1)),
     "guarded foreign": gx.skip_nonfinite(gx.by_path({"embed": optax.sgd(0.1, momentum=0.9)}, default=gx.adamw(0.1))),
     "optax": optax.sgd(0.1, momentum=0.9),
 }
