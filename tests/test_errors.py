@@ -217,7 +217,7 @@ FUNCTIONS = [
     gx.add_decoupled_weight_decay,
     gx.add_l2_regularization,
 ]
-FLAGS = {"nesterov", "debias", "centered", "eps_in_sqrt", "bias_correction"}
+FLAGS = {"nesterov", "debias", "centered", "eps_in_sqrt", "bias_correction", "batched"}
 DTYPES = {"state_dtype", "mu_dtype", "accumulator_dtype", "dtype"}
 OTHERS = {"mask", "of", "axis_name", "axis", "warmup"}
 OF_MATRICES = {"matrices", "other", "layout", "method", "steps", "coefficients", "scale"}  # see test_muon.py
