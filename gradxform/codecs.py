@@ -65,14 +65,14 @@ class Codec(abc.ABC):
 
     def largest(self, blocks: Array) -> Array:
         """Of each block the largest magnitude, NaN where the block cannot be coded."""
-        # Reductions of the blocks themselves, or of |x| where `encode` does not need it too: else XLA keeps this, not
-        # the block, decodes it once more where the codes are written, and in a loop copies all codes first.
-        magnitudes = jnp.abs(blocks) if self.signed else blocks
-        largest, total = jnp.max(magnitudes, -1), jnp.sum(magnitudes, -1)
+        # Of the blocks as they are: of anything else that `encode` needs too, XLA keeps that and not the block, which
+        # it then decodes once more where the codes are written, and in a loop copies all codes first.
+        highest, lowest, total = jnp.max(blocks, -1), jnp.min(blocks, -1), jnp.sum(blocks, -1)
+        largest = jnp.maximum(highest, -lowest) if self.signed else highest
         # the maximum of a long row is a number though one is NaN, on CPUs (JAX 0.10.2 to 0.12.0); the sum is not
         wrong = jnp.isnan(total) | jnp.isinf(largest)
         if not self.signed and self.checked:
-            wrong |= jnp.min(blocks, -1) < 0
+            wrong |= lowest < 0
         return jnp.where(wrong, jnp.nan, largest)
 
 
@@ -87,22 +87,20 @@ def _dither(bits: Array) -> Array:
     return jax.lax.bitcast_convert_type(mantissa, np.float32) - np.float32(1.5)
 
 
-def _moved(x: Array, low: int, high: int, bits: Array | None) -> Array:
-    """`x`, or a little off at random, so that the whole number nearest to it has the mean `x`; not out of range."""
-    return x if bits is None else jnp.clip(x + _dither(bits), low, high)
+def _whole(x: Array, low: Any, high: int, bits: Array | None, dtype: Any) -> Array:
+    """The whole number nearest to a small `x`, or with `bits` one of the two beside it, with the mean `x`; in range.
 
-
-def _positive(x: Array, blocks: Array) -> Array:
-    """At least 1 where the number is positive."""
-    return jnp.where(blocks > 0, jnp.maximum(x, 1), 0)
-
-
-def _nearest(x: Array, dtype: Any) -> Array:
-    """The whole number nearest to a small `x`: in the last bits of x + 3·2²².
-
-    XLA's own conversion makes sure of NaN and of numbers too large, for a third of the time of a step.
+    In the last bits of x + 3·2²²: XLA's own conversion makes sure of NaN and of numbers too large, for a third of the
+    time of a step.
     """
-    return jax.lax.bitcast_convert_type(x + np.float32(3 * 2**22), np.int32).astype(dtype)
+    pattern = jax.lax.bitcast_convert_type((x if bits is None else x + _dither(bits)) + np.float32(3 * 2**22), np.int32)
+    zero = np.float32(3 * 2**22).view(np.int32)
+    return jnp.clip(pattern, zero + low, zero + high).astype(dtype)
+
+
+def _least(blocks: Array) -> Array:
+    """The smallest code of each x ≥ 0: only that of 0 is 0."""
+    return (blocks > 0).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +138,14 @@ class _Powers(Codec):
         steps = jnp.where(largest == 0, 0, jax.lax.reduce_precision(steps, 8, 15))
         inverse = _inverse(steps)
         if not self.signed:
-            codes = _positive(_moved(self.root(blocks) * inverse, 0, 255, bits), blocks)
+            x, low = self.root(blocks) * inverse, _least(blocks)
         elif self.halvings == 0:
-            codes = _moved(blocks * inverse, -127, 127, bits)
+            x, low = blocks * inverse, -127
         else:
             squares = blocks * (inverse * inverse)
             roots = jnp.sqrt(jnp.abs(squares))
-            codes = _moved(jnp.where(squares < 0, -roots, roots), -127, 127, bits)
-        return _nearest(codes, self.code_dtype), steps
+            x, low = jnp.where(squares < 0, -roots, roots), -127
+        return _whole(x, low, self.levels, bits, self.code_dtype), steps
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
         assert scales is not None
@@ -206,10 +204,11 @@ class Companded8(Codec):
         unit = jnp.where(coarse, upper, largest)
         if self.signed:
             shares = blocks / (jnp.where(unit > 0, unit, 1)[..., None] + jnp.abs(blocks))  # y/(1 + |y|) for y = x/s
-            codes = _moved(shares * np.float32(254), -127, 127, bits)
+            codes = _whole(shares * np.float32(254), -127, 127, bits, np.int8)
         else:
-            codes = _positive(_moved(jnp.sqrt(blocks) * (_inverse(unit) * np.float32(255)), 0, 255, bits), blocks)
-        return _nearest(codes, self.code_dtype), scales.astype(np.float16)
+            roots = jnp.sqrt(blocks) * (_inverse(unit) * np.float32(255))
+            codes = _whole(roots, _least(blocks), 255, bits, np.uint8)
+        return codes, scales.astype(np.float16)
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
         assert scales is not None
@@ -250,7 +249,7 @@ class _Mapped(Codec):
             low, high = self.look_up(below), self.look_up(jnp.minimum(below + 1, len(numbers) - 1))
             codes = jnp.where(shares - low > (_dither(bits) + np.float32(0.5)) * (high - low), below + 1, below)
         if not self.signed and numbers[0] == 0:
-            codes = _positive(codes, blocks)
+            codes = jnp.maximum(codes, _least(blocks))
         return codes.astype(np.uint8), scales
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
