@@ -17,8 +17,10 @@ from libraries import (
     Contender,
     Outsider,
     optax_clipped,
+    optax_norm,
     our_clipped,
     outsiders,
+    state_only,
     update_only,
 )
 from workloads import Shapes, equal_leaves, gpt2_like, small_leaves
@@ -162,6 +164,17 @@ def cases(sizes: Sizes) -> list[Case]:
             (
                 Contender("optax", lambda: optax.clip_by_global_norm(MAX_NORM), update_only),
                 Contender("gradxform", lambda: gx.clip_by_global_norm(MAX_NORM), update_only),
+            ),
+            (Goal(STEP, 1.0),),
+            figures=(STEP, BUILD),
+            repeats=1,
+        ),
+        Case(
+            f"global norm, {len(small[2])} leaves",
+            small[2],
+            (
+                Contender("optax", optax_norm, state_only),
+                Contender("gradxform", lambda: gx.observe(gx.identity(), of="gradient"), state_only),
             ),
             (Goal(COMPILE, 0.15), Goal(STEP, 1.0)),
             figures=(STEP, BUILD),

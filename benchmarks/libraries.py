@@ -40,6 +40,11 @@ def update_only(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any
     return tx.update(grads, state, params)
 
 
+def state_only(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """What the state shows of the gradients, and no step."""
+    return params, tx.update(grads, state, params)[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """An optimizer of a JAX library, and how it takes a step."""
@@ -199,6 +204,13 @@ def optax_clipped() -> Optimizer:
 def our_clipped() -> Optimizer:
     """clip + AdamW of this library."""
     return gx.chain(gx.clip_by_global_norm(MAX_NORM), gx.adamw(**ADAMW))
+
+
+def optax_norm() -> Optimizer:
+    """The global norm of optax, in the state."""
+    return optax.GradientTransformation(
+        lambda params: jnp.zeros(()), lambda updates, state, params=None: (updates, optax.global_norm(updates))
+    )
 
 
 OPTAX_ADAMW = Contender("optax", lambda: optax.adamw(**ADAMW))

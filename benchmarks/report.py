@@ -98,7 +98,7 @@ def terminal(cases: Sequence[Case], results: Sequence[Result]) -> Group:
         table.add_column(column)
     for outcome in outcomes(cases, results):
         table.add_row(*outcome.cells(), style="green" if outcome.reached else "red")
-    tables = [table]
+    tables = [table] if table.rows else []
     for title, head, rows in everything(results):
         table = Table(title=title, title_justify="left")
         for column in head:
@@ -111,9 +111,9 @@ def terminal(cases: Sequence[Case], results: Sequence[Result]) -> Group:
 
 def markdown(facts: dict[str, str], cases: Sequence[Case], results: Sequence[Result]) -> str:
     """The same tables, under what they depend on."""
-    lines = ["# Results", "", in_a_line(facts), "", HOW_TO_READ, "", "## To reach", ""]
-    lines += _markdown_table(GOALS, [outcome.cells() for outcome in outcomes(cases, results)])
-    lines += ["", "## Everything", ""]
+    lines = ["# Results", "", in_a_line(facts), "", HOW_TO_READ, ""]
+    if goals := [outcome.cells() for outcome in outcomes(cases, results)]:
+        lines += ["## To reach", "", *_markdown_table(GOALS, goals), "", "## Everything", ""]
     for title, head, rows in everything(results):
         lines += [f"### {title}", "", *_markdown_table(head, rows), ""]
     return "\n".join(lines).rstrip() + "\n"

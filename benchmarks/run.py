@@ -14,21 +14,16 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import compare
-import jax
 import report
 from cases import QUICK, Case, Sizes, cases, with_rounds
-from measure import count_ticks, measure, peak
+from measure import measure_all, peak
 from results import Saved, load, save
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what was asked for, print the tables, write the files; 1 if an exact figure grew since another run."""
     options = parse(arguments)
-    jax.config.update("jax_enable_compilation_cache", False)
     chosen = choose(options)
     if options.peak:
         name, who = options.peak
@@ -38,15 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)
-    results = []
-    with Progress(*COLUMNS, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(map(count_ticks, chosen)))
-        for case in chosen:
-
-            def tick(what: str, where: str = case.name) -> None:
-                progress.update(task, advance=1, description=f"{where}: {what}")
-
-            results += measure(case, tick)
+    results = measure_all(chosen, console)
     facts = report.facts()
     console.print(report.in_a_line(facts), report.terminal(chosen, results), sep="\n")
     if options.markdown:

@@ -6,14 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from cases import BUILD, STEP, Case
 from libraries import OPTAX_ADAMW, OPTAX_CLIPPED, OUR_ADAMW, OUR_CLIPPED, Contender
-from measure import count_ticks, measure
+from measure import measure_all
 from results import Result
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from workloads import Shapes, small_leaves
 
 COUNTS, SIZES = (10, 30, 100, 300, 1000, 3000), tuple(1 << power for power in range(10, 27, 2))
@@ -31,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", metavar="N", type=int, default=9, help="rounds of the compiled steps")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="write the curves as PNG")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_enable_compilation_cache", False)
     counts, sizes = (QUICK_COUNTS, QUICK_SIZES) if options.quick else (COUNTS, SIZES)
 
     def point(name: str, shapes: Shapes, contenders: tuple[Contender, ...], *figures: str) -> Case:
@@ -43,17 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     leaves = {n: point(f"{n} leaves", small_leaves(n), CLIPPED, STEP, BUILD) for n in counts}
     elements = {n: point(f"one leaf of {n}", {"leaf": (n,)}, ADAMW, STEP) for n in sizes}
     every = [*leaves.values(), *elements.values()]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console()
-    found: dict[tuple[str, str], Result] = {}
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(map(count_ticks, every)))
-        for case in every:
-
-            def tick(what: str, where: str = case.name) -> None:
-                progress.update(task, advance=1, description=f"{where}: {what}")
-
-            found |= {(result.case, result.figure): result for result in measure(case, tick)}
+    found = {(result.case, result.figure): result for result in measure_all(every, console)}
 
     def curve(points: dict[int, Case], figure: str) -> dict[int, Result]:
         return {n: found[case.name, figure] for n, case in points.items()}

@@ -198,6 +198,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help=f"rounded up to a multiple of {LOOP}")
     parser.add_argument("--quick", action="store_true", help="forty steps, to see that it runs")
+    parser.add_argument(
+        "--codec", choices=gx.codecs.CODECS, help="keep the moments in few bits, as `quantize_state` does"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the picture")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the mini-batches and the sample")
     options = parser.parse_args()
@@ -209,6 +212,8 @@ def main():
     model = Transformer(len(alphabet), nnx.Rngs(options.seed))
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, warmup_steps=steps // 20, decay_steps=steps)
     adamw = gx.adamw(schedule, b2=0.95, weight_decay=0.1, mask=".*kernel")
+    if options.codec:
+        adamw = gx.quantize_state(adamw, options.codec)
     tx = gx.observe(gx.chain(gx.clip_by_global_norm(CLIP), adamw))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     random = np.random.default_rng(options.seed)

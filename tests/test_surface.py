@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import pathlib
 import re
 import subprocess
@@ -80,3 +81,12 @@ def test_importing_it_imports_no_framework():
     report = f"import gradxform, sys; print([name for name in {foreign.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_it_starts_no_device():
+    """Until a device is used, a program may still say which and how many, or join others."""
+    program = "import gradxform, jax; jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "3"

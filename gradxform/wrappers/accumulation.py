@@ -177,4 +177,4 @@ def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tu
 
 
 _MEAN = lift(_zeros, _average, finite=live(1.0))
-_MEAN_STATE = type(_MEAN.init(()))
+_MEAN_STATE = type(jax.eval_shape(_MEAN.init, ()))
