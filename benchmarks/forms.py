@@ -15,7 +15,6 @@ import report
 from cases import STEP, Case, in_step, label
 from libraries import ADAMW, OPTAX_ADAMW, OUR_ADAMW, Contender, outsiders
 from measure import measure_all
-from rich.console import Console
 
 Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """p, m and v of a leaf."""
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", metavar="N", type=int, default=9)
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table")
     options = parser.parse_args(arguments)
-    run = min(1 << 16, options.size)
+    run = min(1 << 18, options.size)
     forms: dict[str, Form] = {
         "the formula": formula,
         "two halves, put together": in_halves,
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     name = f"forms of AdamW, one leaf, {label(options.size)}"
     case = Case(name, {"leaf": (options.size,)}, contenders, (), outsiders(), (STEP,), options.rounds)
-    console = Console()
+    console = report.wide_console()
     results, facts = measure_all([case], console), report.facts()
     console.print(report.in_a_line(facts), report.terminal([], results), sep="\n")
     if options.markdown:

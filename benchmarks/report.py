@@ -16,7 +16,7 @@ import numpy as np
 from cases import COPIES, EQUATIONS, STATE, TEMPORARIES, Case, Goal
 from libraries import has_torch
 from results import Result
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 
 HOW_TO_READ = (
@@ -89,6 +89,12 @@ def outcomes(cases: Sequence[Case], results: Sequence[Result]) -> list[Outcome]:
     found = {(result.case, result.figure): result for result in results}
     asked = ((goal, found.get((case.name, goal.figure))) for case in cases for goal in case.goals)
     return [Outcome(goal, result) for goal, result in asked if result is not None]
+
+
+def wide_console() -> Console:
+    """Where tables go: the terminal, or a file with room for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
 
 
 def terminal(cases: Sequence[Case], results: Sequence[Result]) -> Group:

@@ -18,7 +18,6 @@ import report
 from cases import QUICK, Case, Sizes, cases, with_rounds
 from measure import measure_all, peak
 from results import Saved, load, save
-from rich.console import Console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = next(case for case in chosen if case.name == name)
         print(json.dumps(peak(case, next(some for some in case.contenders if some.name == who))))
         return 0
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
+    console = report.wide_console()
     results = measure_all(chosen, console)
     facts = report.facts()
     console.print(report.in_a_line(facts), report.terminal(chosen, results), sep="\n")

@@ -109,6 +109,12 @@ def test_scaling_draws_its_curves(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
+def test_forms_come_to_the_same_and_fill_a_table(tmp_path):
+    done = run("forms.py", "--size", "4096", "--rounds", "2", "--markdown", tmp_path / "forms.md")
+    assert done.returncode == 0, done.stderr
+    assert "| two halves, put together |" in (tmp_path / "forms.md").read_text()
+
+
 def test_a_pattern_that_matches_nothing_lists_the_names():
     with pytest.raises(SystemExit, match="un-jitted AdamW, 4 leaves/un-jitted update"):
         command.choose(command.parse(["--quick", "--only", "no such work"]))
