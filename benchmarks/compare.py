@@ -81,7 +81,10 @@ def missing(old: Saved, new: Saved) -> list[str]:
 
 
 def show(old: Saved, new: Saved, console: Console) -> int:
-    """Print the changes; 1 if an exact figure of this library grew, else 0."""
+    """Print the changes; 1 if an exact figure of this library grew or nothing can be said, else 0."""
+    if old.facts.get("sizes") != new.facts.get("sizes"):
+        console.print("The runs are of different sizes and can't be compared.")
+        return 1
     names = [name for name in {**old.facts, **new.facts} if name not in ("date", "gradxform")]
     differ = [f"{n} {old.facts.get(n)} → {new.facts.get(n)}" for n in names if old.facts.get(n) != new.facts.get(n)]
     if differ:

@@ -17,7 +17,7 @@ from workloads import Tree, flattened, unflattened
 
 # sqrtf is one instruction only where it need not set errno
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
-THREADS = min(2, os.cpu_count() or 1)
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

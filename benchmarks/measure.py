@@ -38,7 +38,7 @@ SITTINGS = 3
 """Where arrays happen to lie shows in the times of small ones: they are made anew so often in the rounds of a step."""
 
 
-def measure_all(cases: Sequence[Case], console: Console) -> list[Result]:
+def measure_all(cases: Sequence[Case], console: Console, peaks: Sequence[str] | None = None) -> list[Result]:
     """`measure` of one case after the other, behind a progress bar."""
     jax.config.update("jax_enable_compilation_cache", False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -50,7 +50,7 @@ def measure_all(cases: Sequence[Case], console: Console) -> list[Result]:
             def tick(what: str, where: str = case.name) -> None:
                 progress.update(task, advance=1, description=f"{where}: {what}")
 
-            results += measure(case, tick)
+            results += measure(case, tick, peaks)
     return results
 
 
@@ -67,8 +67,8 @@ def count_ticks(case: Case) -> int:
     return sum(counts[figure] for figure in case.figures) + only_compiled
 
 
-def measure(case: Case, tick: Tick) -> list[Result]:
-    """Take the figures of a case.
+def measure(case: Case, tick: Tick, peaks: Sequence[str] | None = None) -> list[Result]:
+    """Take the figures of a case, on a GPU the peaks of memory too if told with which arguments `run.py` has the case.
 
     Raises:
       AssertionError: if somebody does not come to the same parameters and moments as the others.
@@ -88,9 +88,9 @@ def measure(case: Case, tick: Tick) -> list[Result]:
         timed[UNJITTED] = unjitted(case, params, grads, tick)
     base = case.contenders[0].name
     numbers = {name: exact_figures(program, case.shapes) for name, program in programs.items()}
-    if jax.default_backend() != "cpu":
+    if peaks is not None and jax.default_backend() != "cpu":
         for name, program in programs.items():
-            most = peak_in_fresh_process(case, program.contender)
+            most = peak_in_fresh_process(case, program.contender, peaks)
             numbers[name] |= {} if most is None else {PEAK: most / size(case.shapes)}
     exact = {
         figure: {name: [values[figure]] for name, values in numbers.items()}
@@ -292,10 +292,12 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
 
 
-def peak_in_fresh_process(case: Case, contender: Contender) -> int | None:
+def peak_in_fresh_process(case: Case, contender: Contender, arguments: Sequence[str]) -> int | None:
     """The device's peak of bytes in use over two steps: a process has one peak, so each contender gets its own."""
-    command = [sys.executable, Path(__file__).with_name("run.py"), *sys.argv[1:]]
-    done = subprocess.run([*command, "--peak", case.name, contender.name], capture_output=True, text=True, check=True)
+    command = [sys.executable, Path(__file__).with_name("run.py"), *arguments]
+    done = subprocess.run([*command, "--peak", case.name, contender.name], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"no peak of {contender.name} in {case.name}:\n{done.stderr}")
     return json.loads(done.stdout)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from cases import COPIES, EQUATIONS, STATE, TEMPORARIES, Case, Goal
+from cases import COPIES, EQUATIONS, Case, Goal
 from libraries import has_torch
 from results import Result
 from rich.console import Console, Group
@@ -26,7 +26,6 @@ HOW_TO_READ = (
     "on every run with the same versions. The goals are for the full sizes."
 )
 GOALS = ("work", "figure", "who", "value", "base", "ratio", "to reach", "")
-EXACT = (TEMPORARIES, COPIES, EQUATIONS, STATE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(peak(case, next(some for some in case.contenders if some.name == who))))
         return 0
     console = report.wide_console()
-    results = measure_all(chosen, console)
-    facts = report.facts()
+    results = measure_all(chosen, console, peaks=sys.argv[1:] if arguments is None else arguments)
+    facts = {**report.facts(), "sizes": "tiny" if options.quick else "full"}
     console.print(report.in_a_line(facts), report.terminal(chosen, results), sep="\n")
     if options.markdown:
         options.markdown.write_text(report.markdown(facts, chosen, results))

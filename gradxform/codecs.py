@@ -5,8 +5,9 @@ Rows are independent of one another, so any run of rows may be coded by itself, 
 Each codec has a form for signed numbers and one for numbers that are never negative, such as second moments: there a
 positive number never becomes 0, which would make m/(√v + ε) huge, but the smallest positive number of its block's code.
 
-What holds for every codec: a block of zeros stays so; a NaN or an infinity makes its whole block NaN, and so does a
-negative number where there must be none; no finite number overflows. What has been decoded is coded as it was.
+What holds for every codec: a block of zeros stays so; no finite number overflows; a NaN or an infinity makes its whole
+block NaN, and so does a negative number where there must be none. (`Bfloat16` has no blocks: there it is the number
+alone, and infinity stays.) What has been decoded is coded as it was, but for signed maps, which end before −1.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ class Codec(abc.ABC):
 
     signed: bool = True
     """Whether there may be negative numbers."""
-    checked: bool = True
-    """Whether a negative number is looked for where there must be none; it costs a twentieth of a step."""
 
     name: ClassVar[str]
     block: ClassVar[int]
@@ -71,7 +70,7 @@ class Codec(abc.ABC):
         largest = jnp.maximum(highest, -lowest) if self.signed else highest
         # the maximum of a long row is a number though one is NaN, on CPUs (JAX 0.10.2 to 0.12.0); the sum is not
         wrong = jnp.isnan(total) | jnp.isinf(largest)
-        if not self.signed and self.checked:
+        if not self.signed:
             wrong |= lowest < 0
         return jnp.where(wrong, jnp.nan, largest)
 
@@ -261,6 +260,8 @@ class _Mapped(Codec):
 class Dynamic8(_Mapped):
     """x = map[q]·s, 7 decades of which each has twice as many numbers as the one below.
 
+    The signed map goes from −0.993 to 1: a block's largest number, if it is negative, loses 0.7 % whenever it is coded.
+
     References:
       Dettmers 2016, arXiv 1511.04561; Dettmers et al. 2022, arXiv 2110.02861, section 2.2.
     """
@@ -288,6 +289,7 @@ class Dynamic8(_Mapped):
 class Dynamic4(_Mapped):
     """x = map[q]·s with 16 numbers, two codes to a byte: the first in the upper half.
 
+    The signed map goes from −0.8875 to 1: a block's largest number, if it is negative, loses 11 % whenever it is coded.
     The map for x ≥ 0 is 1/16, 2/16, … 1: 0 in a block that has other numbers becomes a 16th of its largest.
 
     References:
@@ -338,7 +340,7 @@ class Bfloat16(Codec):
         return np.uint16  # XLA widens a bfloat16 that a loop carries, on CPUs, and copies it
 
     def encode(self, blocks: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
-        if not self.signed and self.checked:
+        if not self.signed:
             blocks = jnp.where(blocks < 0, jnp.nan, blocks)
         bits_of = jax.lax.bitcast_convert_type(round_to(blocks, jnp.bfloat16, bits), np.uint32)
         return (bits_of >> np.uint32(16)).astype(np.uint16), None

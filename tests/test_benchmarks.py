@@ -103,6 +103,12 @@ def test_another_machine_is_a_warning_and_what_is_gone_is_named(saved, capsys):
     assert "Not in the new run" in shown
 
 
+def test_runs_of_other_sizes_are_not_compared(saved, capsys):
+    new = results.Saved({**saved.facts, "sizes": "full"}, saved.results)
+    assert compare.show(saved, new, compare.Console(width=500)) == 1
+    assert "different sizes" in capsys.readouterr().out
+
+
 def test_scaling_draws_its_curves(tmp_path):
     done = run("scaling.py", "--quick", "--rounds", "1", "--picture", tmp_path / "curves.png")
     assert done.returncode == 0, done.stderr

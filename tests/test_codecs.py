@@ -85,6 +85,13 @@ def test_what_was_decoded_is_coded_as_it_was(codec):
         once = again
 
 
+@pytest.mark.parametrize(("name", "least"), {"dynamic8": -0.99296875, "dynamic4": -0.8875, "root8": -1.0}.items())
+def test_the_largest_of_a_block_if_negative_shrinks_where_the_map_ends_before_it(name, least):
+    blocks = np.full((ROWS, 256), 0.01)
+    blocks[:, 7] = -2.0
+    assert through(CODECS[name](True), blocks)[:, 7] == pytest.approx(2.0 * least, rel=2.0**-14)  # scales of 16 bits
+
+
 @every_codec
 def test_zeros_stay_zeros_and_what_is_positive_stays_so(codec):
     zeros = np.zeros((ROWS, width(codec)), np.float32)

@@ -313,6 +313,12 @@ UNKNOWN = gx.lift(lambda param: {"energy": jnp.zeros_like(param)}, lambda update
         (lambda: gx.quantize_state(gx.adamw(1e-3), min_size=1.5), TypeError, "min_size"),
         (lambda: gx.quantize_state(gx.adamw(1e-3), fields=["nu"]), TypeError, "fields"),
         (lambda: gx.quantize_state(gx.adamw(1e-3), fields={"nu": "positive"}), ValueError, "fields['nu'] & 'kept'"),
+        (lambda: gx.quantize_state(gx.adamw(1e-3), fields={3: "kept"}), TypeError, "fields & name 3"),
+        (
+            lambda: gx.quantize_state(gx.adamw(1e-3), fields={"v": "kept"}).init(PARAMS),
+            ValueError,
+            "'v' & 'mu', 'nu'",
+        ),
         (lambda: gx.quantize_state(gx.adamw(1e-3), rounding="up"), ValueError, "rounding & 'nearest' & 'up'"),
         (lambda: gx.quantize_state(0.1), TypeError, "tx of quantize_state & 0.1"),
         (lambda: gx.quantize_state(UNKNOWN).init(PARAMS), ValueError, "'energy' & fields={'energy': …}"),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,10 @@ class Layout:
     text: str
     axes: tuple[tuple[int, str], ...]
 
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why a leaf of this shape has not this layout; None if it has."""
+    def misfit(self, shape: tuple[int, ...], dtype: Any) -> str | None:
+        """Why such a leaf has no real matrices of this layout; None if it has."""
+        if is_complex(dtype):
+            return f"is {dtype}{list(shape)}; matrices must be real"
         if len(shape) != len(self.axes):
             return (
                 f"has shape {shape}, and the layout {self.text!r} is of {len(self.axes)} axes; write one of 'in', "
@@ -34,13 +37,6 @@ class Layout:
             if size % blocks:
                 return f"has shape {shape}, and the layout {self.text!r} cuts axis {axis} into {blocks} equal blocks"
         return None
-
-    def check(self, who: str, leaf: Array) -> None:
-        """Raise if a leaf has not this layout, or its matrices are complex."""
-        if misfit := self.misfit(leaf.shape):
-            raise ValueError(f"{who}: a leaf {misfit}")
-        if is_complex(leaf.dtype):
-            raise TypeError(f"{who}: a leaf is {leaf.dtype}{list(leaf.shape)}; matrices must be real")
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many numbers go into one of the leaf's matrices, and how many come out."""
@@ -85,11 +81,15 @@ class Layout:
         return each, rows, columns
 
 
-@functools.lru_cache(maxsize=256)
 def layout_of(text: str) -> Layout:
     """The layout that `text` describes; raises if it is none."""
     if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
         raise TypeError(f"layout must be a string such as 'in out', got {text!r}")
+    return _layout_of(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout_of(text: str) -> Layout:
     matches = [_TOKEN.fullmatch(token) for token in text.split()]
     axes = tuple((int(match[1] or 1), match[2]) for match in matches if match)
     if len(axes) < len(matches) or not {"in", "out"} <= {kind for _, kind in axes}:

@@ -62,6 +62,7 @@ def lift(
     axis_name: str | Sequence[str] | None = None,
     mask: MaskLike | None = None,
     whole: bool = False,
+    fits: Callable[[tuple[int, ...], Any], str | None] | None = None,
     batched: bool | None = False,
     needs_params: bool = False,
     state_dtype: Any = None,
@@ -90,6 +91,8 @@ def lift(
         ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
       whole: Whether `update` needs whole arrays, for a norm or a product of matrices: inside `jax.shard_map` a
         shard then raises.
+      fits: ``fits(shape, dtype)`` tells what is wrong with a leaf, such as ``"has shape (3,), not two axes"``, for an
+        error that names it; None if `update` can take it.
       batched: Whether leaves of one shape go through the chain stacked, with `update` under `jax.vmap`. None does so
         where products of matrices gain by it, on GPUs and TPUs, for leaves of up to 2²⁰ elements.
       needs_params: Whether `update` reads ``param``.
@@ -134,6 +137,7 @@ def lift(
         axis_name=axes("axis_name", axis_name),
         mask=mask_of(mask),
         whole=whole,
+        fits=fits,
         batched=batched,
         needs_params=needs_params,
         state_dtype=state_float_dtype("state_dtype", state_dtype),

@@ -66,7 +66,7 @@ class MatrixTable(Table):
                     "head, which are no hidden matrices; write the whole path in matrices if you mean it, or let the "
                     "pattern pass it over, so that other= takes it"
                 )
-            if misfit := self.layouts[group].misfit(trees.aval(leaf)[0]):
+            if misfit := self.layouts[group].misfit(*trees.aval(leaf)):
                 raise ValueError(f"{self.who}: {path!r} {misfit}, or let other= take the leaf")
 
     def order(self) -> list[int]:
@@ -87,7 +87,7 @@ _LAST = re.compile("head|tokens?|positions?")
 
 @functools.lru_cache(maxsize=65536)
 def _not_hidden(path: str) -> str | None:
-    """The word in a path that tells an embedding or a head; `multi_head_attention` and `heads` tell none."""
+    """The word in a path that tells an embedding or a head: `head_0` does, `heads` and `multi_head_attention` don't."""
     for part in path.split("/"):
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
         found = [w for w in words if _ANYWHERE.fullmatch(w)] + [w for w in words[-1:] if _LAST.fullmatch(w)]

@@ -158,7 +158,7 @@ def run_rules(
     rules = selection.rules_by_leaf(segment.rules)
     owned = _owned_by_leaf(segment, rules)
     slots = _slots_by_leaf(segment, rules, owned, state, leaves)
-    _check_whole(segment, rules, leaves)
+    _check_leaves(segment, rules, leaves)
     scalars, own, memory, report = _scalars(segment, rules, state, values, leaves, call)
     acts = {id(some): _acts(some) for some in rules}
     results: list[Any] = [None] * len(rules)
@@ -179,12 +179,17 @@ def run_rules(
     return dataclasses.replace(leaves, updates=[update for update, _ in results]), fields | memory, report
 
 
-def _check_whole(segment: Segment, rules: list[tuple[Rule, ...]], leaves: Leaves) -> None:
-    """Raise if a rule that needs whole arrays gets a shard of one."""
+def _check_leaves(segment: Segment, rules: list[tuple[Rule, ...]], leaves: Leaves) -> None:
+    """Raise if a rule gets a leaf that it can't take: one that does not fit, or where it needs whole ones a shard."""
     for place, rule in enumerate(segment.rules):
-        if any(inner.whole for inner in rule.walk()):
-            for index, (some, update) in enumerate(zip(rules, leaves.updates, strict=True)):
-                if some[place] is not NOTHING:
+        if not any(inner.whole or inner.fits for inner in rule.walk()):
+            continue
+        for index, (some, update) in enumerate(zip(rules, leaves.updates, strict=True)):
+            for inner in some[place].walk():
+                if inner.fits and (problem := inner.fits(*trees.aval(update))):
+                    name = trees.name_leaf("updates", leaves.structure, index)
+                    raise ValueError(f"{inner.name}: {name} {problem}")
+                if inner.whole:
                     trees.check_whole(update, rule.name, leaves.structure, index)
 
 

@@ -105,6 +105,7 @@ class Rule:
     axis_name: tuple[str, ...] | None = None
     mask: Mask | None = None
     whole: bool = False
+    fits: Callable[[tuple[int, ...], Any], str | None] | None = None
     batched: bool | None = False
     freezes: bool = False
     needs_params: bool = False

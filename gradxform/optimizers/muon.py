@@ -57,8 +57,8 @@ def muon(
     Raises:
       TypeError, ValueError: see `orthogonalize` and `by_path`; and in `init` and ``update`` if a leaf has not its
         layout, or if a pattern that is not its whole path takes a leaf with an embedding's or a head's name: a part of
-        the path with one of the words embed, embedding, unembed, wte, wpe, vocab, logits, or that ends with head,
-        token or position.
+        the path with one of the words embed, embedder, embedding, unembed, wte, wpe, vocab, logit, or with head,
+        token or position as its last word; numbers do not count.
 
     References:
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025, arXiv 2502.16982

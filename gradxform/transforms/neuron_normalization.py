@@ -1,4 +1,4 @@
-"""Against neurons of every size: divide each row of a matrix by how large it has been."""
+"""Against neurons of every size: divide what goes into each neuron by how large it has been."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def normalize_by_neuron(
         _divide,
         constructor=normalize_by_neuron,
         whole=True,
+        fits=found.misfit,
         decay=fraction(decay),
         eps=non_negative(eps),
         layout=found.text,
@@ -64,13 +65,12 @@ class _Init:
     layout: Layout
 
     def __call__(self, param: Array) -> Slots:
-        fits = self.layout.misfit(param.shape) is None  # if not, the update raises
+        fits = self.layout.misfit(param.shape, param.dtype) is None  # if not, the update raises
         return {"nu": jnp.zeros(self.layout.neurons(param.shape) if fits else (), param.dtype)}
 
 
 def _divide(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     layout = layout_of(step.layout)
-    layout.check("normalize_by_neuron", update)
     matrices, nu = layout.matrices(update), layout.matrices(state["nu"])
     bounded = clamp(matrices, largest_square(update.dtype))
     inputs = max(1, matrices.shape[1])

@@ -85,14 +85,18 @@ def orthogonalize(
     """
     steps = count_of("steps", steps)
     own = None if coefficients is None else _polynomials(coefficients)
+    if own and len(own) > steps:
+        raise ValueError(f"coefficients must be at most steps={steps} triples, got {len(own)}")
     narrow = float_dtype("dtype", dtype)
+    found = layout_of(layout)
     return lift(
         no_slots,
         _orthogonalize,
         constructor=orthogonalize,
         whole=True,
+        fits=found.misfit,
         batched=None if batched is None else flag("batched", batched),
-        layout=layout_of(layout).text,
+        layout=found.text,
         method=one_of("method", method, *_METHODS),
         steps=Option(steps),
         coefficients=None if own is None else Option(own),
@@ -104,7 +108,6 @@ def orthogonalize(
 
 def _orthogonalize(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     layout = layout_of(step.layout)
-    layout.check("orthogonalize", update)
     if update.size == 0:
         return update, state
     polynomials = _METHODS[step.method](step.steps) if step.coefficients is None else step.coefficients

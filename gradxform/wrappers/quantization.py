@@ -58,7 +58,8 @@ def quantize_state(
     """s ← encode(step(decode(s))): keep the moments in 8 or 4 bits, or in bfloat16.
 
     Rounded to nearest, a code stays what it is while a step changes its number by less than half the distance to the
-    next code, as a step nearly always does with a second moment. Stochastic rounding loses no change in the mean.
+    next code, as a step nearly always does with a second moment. Stochastic rounding loses no change in the mean, but
+    for what is beyond the signed maps of ``dynamic8`` and ``dynamic4``, which end before −1.
 
     Args:
       tx: Any transformation. Another library's sees float32 updates and parameters.
@@ -71,15 +72,17 @@ def quantize_state(
         their state as it is, and so do complex and float64 leaves.
       fields: What fields of the state hold, by name: ``"signed"``, ``"non_negative"`` or ``"kept"`` as they are. Known
         are the moments of this library, of optax and of torch, such as ``mu`` and ``nu``; another one must be told.
-      rounding: ``"stochastic"``, by a hash of the step, the leaf and the element; or ``"nearest"``.
+      rounding: ``"stochastic"``, by a hash of the step, the field and the number itself, so that equal numbers of
+        one step are rounded alike; or ``"nearest"``.
 
     Returns:
       A transformation whose state has ``seed``, ``codes``, ``scales``, shaped so that they shard like the parameters,
-      and ``inner``. NaN, infinity, and a negative number in a field that has none make their block NaN.
+      and ``inner``. NaN, infinity, and a negative number in a field that has none make their block NaN
+      (in ``bfloat16`` themselves, and infinity stays).
 
     Raises:
-      TypeError, ValueError: if an argument is none of these; if ``init`` finds a field that it does not know, or
-        nothing to code though there are leaves large enough.
+      TypeError, ValueError: if an argument is none of these; if ``init`` finds a field that it does not know, none that
+        ``fields`` names, or nothing to code though there are leaves large enough.
 
     References:
       Dettmers et al. 2022, arXiv 2110.02861 (8-bit states in blocks, ``dynamic8``, ``min_size``); Li et al. 2023,
@@ -111,6 +114,8 @@ def _told(fields: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(fields, Mapping | None):
         raise TypeError(f"fields must map names of state fields to what they hold, got {fields!r}")
     for name, kind in (fields or {}).items():
+        if not isinstance(name, str):
+            raise TypeError(f"fields must map names of state fields to what they hold, got the name {name!r}")
         if kind not in _KINDS:
             raise ValueError(f"fields[{name!r}] must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}")
     return tuple(sorted((fields or {}).items()))
@@ -266,15 +271,20 @@ class QuantizeState(Wrapper):
 
     def codec_of(self, path: str) -> Codec | None:
         """How a field is coded; None if it is kept."""
-        name = re.sub(r"_\d+$", "", path.rpartition("/")[2])
         told = dict(self.fields)
-        kind = told.get(path, told.get(name, _KNOWN.get(name)))
+        kind = next((told[key] for key in _keys(path) if key in told), _KNOWN.get(_keys(path)[-1]))
         if kind is None:
             raise ValueError(
                 f"{self.name} does not know what the state field {path!r} of {self.tx!r} holds; say "
-                f"fields={{{name!r}: …}} with one of {', '.join(map(repr, _KINDS))}"
+                f"fields={{{_keys(path)[-1]!r}: …}} with one of {', '.join(map(repr, _KINDS))}"
             )
         return None if kind == "kept" else dataclasses.replace(self.codec, signed=kind == "signed")
+
+
+def _keys(path: str) -> tuple[str, ...]:
+    """By what a field may be named, the most exact first: ``inner/mu_2``, ``mu_2``, ``mu``."""
+    name = path.rpartition("/")[2]
+    return path, name, re.sub(r"_\d+$", "", name)
 
 
 @functools.lru_cache(maxsize=256)
@@ -290,6 +300,10 @@ def _layout(body: QuantizeState, structure: Any, avals: tuple[trees.Aval, ...]) 
             fits = [body.fits(aval) for aval in parts]
             codec = body.codec_of(name) if any(fits) else None
             fields.append((place, Field(name, tuple(codec if fit else None for fit in fits), parts)))
+    names = [field.name for _, field in fields]
+    for told, _ in body.fields:
+        if not any(told in _keys(name) for name in names):
+            raise ValueError(f"fields names {told!r}, which is no field of the state of {body.tx!r}; it has {names}")
     return Layout(whole, tuple(fields))
 
 
