@@ -38,6 +38,10 @@ class Layout:
                 return f"has shape {shape}, and the layout {self.text!r} cuts axis {axis} into {blocks} equal blocks"
         return None
 
+    def __call__(self, shape: tuple[int, ...], dtype: Any) -> str | None:
+        """`misfit`, for ``lift(fits=…)``: rules are equal where their layouts are, which bound methods are not."""
+        return self.misfit(shape, dtype)
+
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many numbers go into one of the leaf's matrices, and how many come out."""
         _, rows, columns = self._sizes(shape)

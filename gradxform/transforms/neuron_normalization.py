@@ -50,7 +50,7 @@ def normalize_by_neuron(
         _divide,
         constructor=normalize_by_neuron,
         whole=True,
-        fits=found.misfit,
+        fits=found,
         decay=fraction(decay),
         eps=non_negative(eps),
         layout=found.text,

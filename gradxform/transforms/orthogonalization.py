@@ -94,7 +94,7 @@ def orthogonalize(
         _orthogonalize,
         constructor=orthogonalize,
         whole=True,
-        fits=found.misfit,
+        fits=found,
         batched=None if batched is None else flag("batched", batched),
         layout=found.text,
         method=one_of("method", method, *_METHODS),
