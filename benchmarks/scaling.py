@@ -26,10 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "leaves, and the compiled step of AdamW against the size of one leaf. About ten minutes on 2 CPUs."
     )
     parser.add_argument("--quick", action="store_true", help="four tiny points: does it run?")
+    parser.add_argument(
+        "--leaves", metavar="N", type=int, default=3000, help="the most leaves; 1000 take half the time"
+    )
     parser.add_argument("--rounds", metavar="N", type=int, default=9, help="rounds of the compiled steps")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="write the curves as PNG")
     options = parser.parse_args(arguments)
     counts, sizes = (QUICK_COUNTS, QUICK_SIZES) if options.quick else (COUNTS, SIZES)
+    counts = tuple(count for count in counts if count <= options.leaves)
 
     def point(name: str, shapes: Shapes, contenders: tuple[Contender, ...], *figures: str) -> Case:
         repeats = 1 if options.quick or len(shapes) > 300 else 3
