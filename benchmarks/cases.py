@@ -158,28 +158,7 @@ def cases(sizes: Sizes) -> list[Case]:
             figures=(STEP, BUILD),
             repeats=1,
         ),
-        Case(
-            f"global norm and clip, {len(small[2])} leaves",
-            small[2],
-            (
-                Contender("optax", lambda: optax.clip_by_global_norm(MAX_NORM), update_only),
-                Contender("gradxform", lambda: gx.clip_by_global_norm(MAX_NORM), update_only),
-            ),
-            (Goal(STEP, 1.0),),
-            figures=(STEP, BUILD),
-            repeats=1,
-        ),
-        Case(
-            f"global norm, {len(small[2])} leaves",
-            small[2],
-            (
-                Contender("optax", optax_norm, state_only),
-                Contender("gradxform", lambda: gx.observe(gx.identity(), of="gradient"), state_only),
-            ),
-            (Goal(COMPILE, 0.15), Goal(STEP, 1.0)),
-            figures=(STEP, BUILD),
-            repeats=1,
-        ),
+        *norms(small[2]),
         dispatch(kilo),
         *(muon(*form, last=form == sizes.muon[-1]) for form in sizes.muon),
         Case(
@@ -190,6 +169,24 @@ def cases(sizes: Sizes) -> list[Case]:
             figures=(IMPORT,),
             repeats=7,
         ),
+    ]
+
+
+def norms(shapes: Shapes) -> list[Case]:
+    """The global norm of small leaves, with the clip by it and alone."""
+    clips = (
+        Contender("optax", lambda: optax.clip_by_global_norm(MAX_NORM), update_only),
+        Contender("gradxform", lambda: gx.clip_by_global_norm(MAX_NORM), update_only),
+    )
+    alone = (
+        Contender("optax", optax_norm, state_only),
+        Contender("gradxform", lambda: gx.observe(gx.identity(), of="gradient"), state_only),
+    )
+    step = Goal(STEP, 1.0)
+    forms = {"global norm and clip": (clips, (step,)), "global norm": (alone, (Goal(COMPILE, 0.15), step))}
+    return [
+        Case(f"{work}, {len(shapes)} leaves", shapes, contenders, goals, figures=(STEP, BUILD), repeats=1)
+        for work, (contenders, goals) in forms.items()
     ]
 
 

@@ -231,7 +231,7 @@ def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
 
     def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         number, scale, _ = carry
-        squares = jnp.stack([sum(_sum_of_squares(run, scale) for run in _runs(group)) for group in groups])
+        squares = jnp.stack([sum(_sum_of_squares(run, scale) for run in runs(group)) for group in groups])
         sizes = jnp.sqrt(squares) / scale
         sizes = jnp.where(jnp.isfinite(squares), jnp.minimum(sizes, float(info.max)), sizes)
         other = jnp.where(jnp.max(sizes) < 1, 2.0 ** (half - 1), 2.0 ** (-5 * half // 4))
@@ -249,8 +249,8 @@ def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
     return jax.lax.while_loop(unusual, attempt, start)[2]
 
 
-def _runs(group: Sequence[Array]) -> list[Sequence[Array]]:
-    """As many arrays as are well added up element by element before their sum is taken: each sum is a kernel."""
+def runs(group: Sequence[Array]) -> list[Sequence[Array]]:
+    """As many arrays of one shape as are well put together before a sum is taken: each sum is a kernel."""
     return [group[i : i + 32] for i in range(0, len(group), 32)]
 
 

@@ -68,8 +68,8 @@ def bad_leaves(leaves: Leaves, acts: Sequence[bool], norm: jax.Array) -> jax.Arr
 @jax.jit
 def _bad(kinds: list[list[jax.Array]], norm: jax.Array) -> jax.Array:
     def count() -> jax.Array:
-        some = [kind[start : start + 32] for kind in kinds for start in range(0, len(kind), 32)]
-        sums = [jnp.sum(numerics.zero_if_finite(jnp.stack(kind)), range(1, kind[0].ndim + 1)) for kind in some]
+        some = [run for kind in kinds for run in numerics.runs(kind)]
+        sums = [jnp.sum(numerics.zero_if_finite(jnp.stack(run)), range(1, run[0].ndim + 1)) for run in some]
         return sum((jnp.sum(jnp.isnan(one), dtype=np.int32) for one in sums), start=nothing)
 
     nothing = jnp.zeros((), np.int32)
