@@ -210,17 +210,24 @@ def joint_norms(groups: Sequence[Sequence[Array]]) -> Array:
     In one pass over all that is not out of the ordinary. What is, is seen in the sums of squares: then they are taken
     again of numbers scaled up or down, so what is tiny beside the largest group may count as 0.
     """
-    alone = {i: _one_norm(group[0]) for i, group in enumerate(groups) if len(group) == 1}
-    several = {i: group for i, group in enumerate(groups) if len(group) > 1}
-    together = dict(zip(several, _scaled_norms(list(several.values())), strict=True)) if several else {}
-    return jnp.stack([(alone | together)[i] for i in range(len(groups))])
+    large = [i for i, group in enumerate(groups) if len(group) == 1 and group[0].size > SMALL]
+    small = [i for i in range(len(groups)) if i not in set(large)]
+    parts = [_norms_one_by_one([groups[i][0] for i in large])] if large else []
+    parts += [_scaled_norms([groups[i] for i in small])] if small else []
+    return jnp.concatenate(parts)[np.argsort(large + small)] if len(parts) > 1 else parts[0]
 
 
-def _one_norm(x: Array) -> Array:
-    squares = jnp.sum(abs_squared(x))
-    info = jnp.finfo(squares.dtype)
-    usual = (squares > 2.0 ** (info.minexp // 2)) & (squares < float(info.max))
-    return jax.lax.cond(usual, lambda: jnp.sqrt(squares), lambda: norm(x))
+SMALL = 1 << 16
+"""Elements up to which arrays of a shape are summed together; beyond, that is slower than one by one."""
+
+
+def _norms_one_by_one(arrays: Sequence[Array]) -> Array:
+    """The norm of each array, all of them taken again only if the largest is out of the ordinary."""
+    # no scale that they share: XLA would write it out in the shape of each
+    squares = jnp.stack([jnp.sum(abs_squared(x)) for x in arrays])
+    info, largest = jnp.finfo(squares.dtype), jnp.max(squares)
+    usual = (largest > 2.0 ** (info.minexp // 2)) & (largest < float(info.max))
+    return jax.lax.cond(usual, lambda: jnp.sqrt(squares), lambda: jnp.stack([norm(x) for x in arrays]))
 
 
 def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
@@ -275,10 +282,11 @@ def _saturated(size: Array, largest: Array) -> Array:
 
 def factor_to(size: Array, limit: Any) -> Array:
     """What brings `size` down to `limit`: min(1, limit/size), NaN where the size is not finite."""
+    over = size > limit
     # not less than the smallest normal number, which would be flushed to zero
-    ratio = jnp.maximum(limit / jnp.where(size > limit, size, 1), smallest_normal(size.dtype))
-    bounded = jnp.where(size > limit, ratio, 1)
-    return jnp.where(jnp.isfinite(size), bounded, jnp.nan)
+    above = jnp.where(over, jnp.maximum(limit, size * smallest_normal(size.dtype)), 1)
+    below = jnp.where(jnp.isfinite(size), jnp.where(over, size, 1), jnp.nan)
+    return above / below  # last: XLA divides once, and repeats what follows in the kernels of all leaves
 
 
 def norm_across(norms: Array, axes: tuple[str, ...]) -> Array:

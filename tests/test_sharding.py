@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 import gradxform as gx
 from tests.eight_devices import outcomes_of, report
 
-pytestmark = pytest.mark.xdist_group("mesh")  # one worker, one script
 CHECKS = {}
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import gradxform as gx
 from tests.eight_devices import outcomes_of, report
 
-pytestmark = [pytest.mark.once, pytest.mark.xdist_group("mesh of guards")]  # one worker, one script
+pytestmark = pytest.mark.once
 AXES = ("x", "y")
 SPECS = {"rows": P("x"), "both": P("x", "y"), "same": P()}
 SHAPES = {"rows": (8, 6), "both": (4, 2), "same": (5,)}

@@ -166,6 +166,23 @@ def test_the_norm_of_many_leaves_is_that_of_one_vector(scale):
     np.testing.assert_allclose(gx.metrics(state)["grad_norm"], expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("sizes", [(0.0, 1e-30), (1e-30, 1e30), (1e-15, 1e15), (1e30, 1e30)])
+def test_the_norm_of_leaves_of_unlike_sizes(sizes):
+    leaves = [jnp.full(shape, size) for shape, size in zip([(70_000,), (300, 300), (5,)], (*sizes, 0.0), strict=True)]
+    expected = np.sqrt(sum(np.sum(np.asarray(leaf, float) ** 2) for leaf in leaves))
+    tx = gx.observe(gx.identity())
+    for some in (leaves, leaves[::-1]):
+        _, state = jax.jit(tx.update)(some, tx.init(some), some)
+        np.testing.assert_allclose(gx.metrics(state)["grad_norm"], expected, rtol=2e-6)
+
+
+def test_leaves_alone_of_their_shape_are_measured_again_together():
+    leaves = [jnp.ones((size,)) for size in (3, 4, 5, 70_000, 80_000, 90_000)]
+    tx = gx.clip_by_global_norm(1.0)
+    jaxpr = str(jax.make_jaxpr(tx.update)(leaves, tx.init(leaves), leaves))
+    assert (jaxpr.count("while["), jaxpr.count("cond[")) == (1, 1)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_bad_leaves_are_counted_among_many(bad):
     leaves = [jnp.ones(3)] * 40 + [jnp.ones((2, 2))] * 3 + [jnp.ones(70_000)]

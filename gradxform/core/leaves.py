@@ -134,16 +134,12 @@ class Leaves:
         return self.structure.unflatten([u if trees.strong(u, dtype) else cast(u, dtype) for u, dtype in pairs])
 
 
-_SMALL = 1 << 16
-"""Elements of a leaf of which several are measured as one; beyond, that is slower than one by one."""
-
-
 def alike(leaves: Sequence[Any]) -> list[list[Any]]:
     """Small leaves of one shape, dtype and sharding together, large ones alone."""
     groups: dict[Any, list[Any]] = {}
     for index, leaf in enumerate(leaves):
         mesh = getattr(leaf, "sharding", None) if trees.concrete(leaf) else trees.varying_over(leaf)
-        groups.setdefault(index if np.size(leaf) > _SMALL else (trees.aval(leaf), mesh), []).append(leaf)
+        groups.setdefault(index if np.size(leaf) > numerics.SMALL else (trees.aval(leaf), mesh), []).append(leaf)
     return list(groups.values())
 
 
