@@ -249,9 +249,8 @@ def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
         largest = jnp.max(sizes)
         return (number == 0) | ((number == 1) & ~((largest > lowest) & (largest < highest)))
 
-    # a number of the arrays, so that inside shard_map what is carried varies as they do; adding it to 1 changes nothing
-    firsts = [jnp.where(False, group[0].real.ravel()[0], 0) for group in groups if group[0].size]
-    nothing = functools.reduce(jnp.add, firsts, jnp.zeros((), info.dtype)).astype(info.dtype)
+    # 0, but inside shard_map it varies over the mesh as the arrays do, for what a loop carries must not change in that
+    nothing = sum((jnp.sum(jnp.where(False, group[0].real, 0)) for group in groups), jnp.zeros((), info.dtype))
     start = (jnp.zeros((), np.int32), 1 + nothing, jnp.zeros(len(groups), info.dtype) + nothing)
     return jax.lax.while_loop(unusual, attempt, start)[2]
 
