@@ -210,8 +210,8 @@ def joint_norms(groups: Sequence[Sequence[Array]]) -> Array:
     In one pass over all that is not out of the ordinary. What is, is seen in the sums of squares: then they are taken
     again of numbers scaled up or down, so what is tiny beside the largest group may count as 0.
     """
-    large = [i for i, group in enumerate(groups) if len(group) == 1 and group[0].size > SMALL]
-    small = [i for i in range(len(groups)) if i not in set(large)]
+    apart = [len(group) == 1 and group[0].size > SMALL for group in groups]
+    large, small = ([i for i, one in enumerate(apart) if one is kind] for kind in (True, False))
     parts = [_norms_one_by_one([groups[i][0] for i in large])] if large else []
     parts += [_scaled_norms([groups[i] for i in small])] if small else []
     return jnp.concatenate(parts)[np.argsort(large + small)] if len(parts) > 1 else parts[0]
