@@ -32,8 +32,16 @@ def largest_square(dtype: Any) -> float:
     return 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 1)
 
 
+def strong(x: Any, dtype: Any) -> bool:
+    """Whether `x` is an array of just this dtype, not a Python number or weakly typed."""
+    kind = getattr(x, "aval", x)
+    return getattr(kind, "dtype", None) == dtype and not getattr(kind, "weak_type", False)
+
+
 def cast(x: Any, dtype: Any) -> Array:
     """`x` rounded to `dtype`; a finite number too large for it becomes its largest, not infinity."""
+    if strong(x, dtype):
+        return x
     x = jnp.asarray(x)
     if jnp.issubdtype(dtype, jnp.complexfloating) and x.dtype != dtype:
         real = real_dtype(dtype)
@@ -159,7 +167,8 @@ def clamp(x: Array, limit: float) -> Array:
     if jnp.iscomplexobj(x):
         largest = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
         return x * jnp.where(largest > limit / 2, limit / 2 / largest, 1)
-    return jnp.clip(x, -limit, limit)
+    low, high = np.asarray((-limit, limit), x.dtype)
+    return jax.lax.clamp(low, x, high)  # one operation where two of jnp would be
 
 
 def zero_if_finite(x: Array) -> Array:
@@ -174,6 +183,16 @@ def lerp(old: Array, new: Array, weight: Any) -> Array:
     if isinstance(weight, float):
         return near_old if weight <= 0.5 else near_new
     return jnp.where(weight <= 0.5, near_old, near_new)
+
+
+def is_constant(number: Any, value: float) -> bool:
+    """Whether a number of a step is known to be `value` before any step runs."""
+    return isinstance(number, float) and number == value
+
+
+def plus(number: Any, x: Array) -> Array:
+    """number + x, and `x` itself where that is a constant 0: what is never traced is never compiled."""
+    return x if is_constant(number, 0.0) else number + x
 
 
 def abs_squared(x: Array) -> Array:
@@ -260,9 +279,16 @@ def runs(group: Sequence[Array]) -> list[Sequence[Array]]:
     return [group[i : i + 32] for i in range(0, len(group), 32)]
 
 
-@jax.jit
 def _sum_of_squares(arrays: Sequence[Array], scale: Array) -> Array:
-    return jnp.sum(functools.reduce(jnp.add, [abs_squared(x * scale) for x in arrays]))
+    parts = [_squares(arrays[i : i + 8], scale) for i in range(0, len(arrays), 8)]
+    return jnp.sum(functools.reduce(jax.lax.add, parts))
+
+
+@jax.jit
+def _squares(arrays: Sequence[Array], scale: Array) -> Array:
+    """The squares of arrays of one shape, added up: traced once for all that are as many."""
+    wide = jnp.broadcast_to(scale, arrays[0].shape)
+    return functools.reduce(jax.lax.add, [abs_squared(x * wide) for x in arrays])
 
 
 def _scale_for(largest: Array) -> Array:

@@ -492,6 +492,7 @@ def rule(
     warmup_half=(lambda: gx.clip_by_average_norm(warmup=1.5), TypeError, "warmup & whole number & 1.5"),
     small_squares=(lambda: gx.adam(0.1, state_dtype="float16"), ValueError, "state_dtype & float16 & bfloat16"),
     byte_state=(lambda: gx.momentum(0.1, state_dtype=jnp.float8_e4m3fn), TypeError, "state_dtype & 16 bits"),
+    at_most_unknown=(rule(at_most="limit", floor=1.0), TypeError, "at_most & 'limit' & floor"),
     gather_alone=(rule(gather=lambda measured, step: {}), TypeError, "measure & gather"),
     needs_params=(
         lambda: step(gx.lift(gx.no_slots, lambda u, s, p, step: (u + p, s), needs_params=True), params=None),

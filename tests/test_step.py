@@ -141,6 +141,42 @@ def test_a_rule_may_keep_its_moment_or_not():
         assert_same(states[0].inner.mu, states[1].inner.mu)
 
 
+def test_a_rule_knows_what_a_clip_just_before_it_lets_through():
+    def limit_after(*stages):
+        seen, leaf = [], jnp.ones(2)
+
+        def update(update, state, param, step):
+            seen.append(step.at_most)
+            return update, state
+
+        tx = gx.chain(*stages, gx.lift(gx.no_slots, update))
+        tx.update(leaf, tx.init(leaf))
+        return seen[-1]
+
+    assert limit_after() == np.inf
+    assert limit_after(gx.clip_by_global_norm(2.0)) == 2.0
+    assert limit_after(gx.clip_by_leaf_norm(3)) == 3.0
+    assert limit_after(gx.clip_by_value(0.5)) == 0.5
+    assert limit_after(gx.clip_by_global_norm(2.0), gx.scale(4.0)) == np.inf
+    assert limit_after(gx.clip_by_global_norm(gx.live(2.0))) == np.inf
+    assert limit_after(optax.clip_by_global_norm(2.0)) == np.inf
+
+
+def test_what_a_constant_clip_bounds_is_not_bounded_again():
+    def text(tx):
+        return str(jax.make_jaxpr(tx.update)(PARAMS, tx.init(PARAMS), PARAMS))
+
+    clipped, live = (gx.chain(gx.clip_by_global_norm(limit), gx.adamw(0.1)) for limit in (1.0, gx.live(1.0)))
+    beyond = gx.chain(gx.clip_by_value(1e30), gx.adamw(0.1))
+    assert "clamp" not in text(clipped)
+    assert all("clamp" in text(tx) for tx in (gx.adamw(0.1), live, beyond))
+    for size in (1e-30, 1.0, 1e19, 1e30, 3e38, np.inf, np.nan):
+        grads = jax.tree.map(lambda leaf, size=size: jnp.sign(leaf) * jnp.float32(size), PARAMS)
+        (one, state), (other, expected) = (tx.update(grads, tx.init(PARAMS), PARAMS) for tx in (clipped, live))
+        assert_same((one, state.mu, state.nu), (other, expected.mu, expected.nu))
+        assert all(jnp.isfinite(leaf).all() == np.isfinite(size) for leaf in jax.tree.leaves((one, state.nu)))
+
+
 def test_a_step_without_parameters_or_with_others_raises():
     tx = gx.sgd(0.1)
     with pytest.raises((TypeError, ValueError), match="params"):

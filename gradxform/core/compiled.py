@@ -71,11 +71,16 @@ def _update(update: jax.Array, dtype: np.dtype[Any], taken: Any) -> jax.Array:
 
 def _moved(dtype: Any, param: Any, update: Any, taken: Any) -> jax.Array:
     """θ + u, rounded once, from the precision of the arithmetic."""
-    new = numerics.cast(numerics.cast(param, dtype) + numerics.cast(update, dtype), trees.dtype_of(param))
+    new = numerics.cast(jax.lax.add(numerics.cast(param, dtype), numerics.cast(update, dtype)), trees.dtype_of(param))
     return new if taken is None else jnp.where(taken, new, param)
 
 
-landed = jax.jit(_moved, static_argnums=0)
+_moved_alone = jax.jit(_moved, static_argnums=0)
+
+
+def landed(dtype: Any, param: Any, update: Any, taken: Any) -> jax.Array:
+    """`_moved`, compiled by itself where nothing around it is: a call more to trace is more than what it does."""
+    return (_moved_alone if trees.concrete(update) else _moved)(dtype, param, update, taken)
 
 
 class _Keeper:

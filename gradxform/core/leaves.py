@@ -131,7 +131,7 @@ class Leaves:
     def rounded(self) -> Any:
         """The whole tree of updates, in the parameters' dtypes."""
         pairs = zip(self.updates, self.final, strict=True)
-        return self.structure.unflatten([u if trees.strong(u, dtype) else cast(u, dtype) for u, dtype in pairs])
+        return self.structure.unflatten([u if numerics.strong(u, dtype) else cast(u, dtype) for u, dtype in pairs])
 
 
 def alike(leaves: Sequence[Any]) -> list[list[Any]]:
@@ -180,4 +180,4 @@ def widened(leaf: Any) -> Any:
     dtype = trees.compute_dtype(trees.dtype_of(leaf))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-    return leaf if trees.strong(leaf, dtype) else numerics.cast(leaf, dtype)
+    return numerics.cast(leaf, dtype)

@@ -65,6 +65,7 @@ def lift(
     fits: Callable[[tuple[int, ...], Any], str | None] | None = None,
     batched: bool | None = False,
     needs_params: bool = False,
+    at_most: str | None = None,
     state_dtype: Any = None,
     **arguments: Any,
 ) -> Transformation:
@@ -96,6 +97,8 @@ def lift(
       batched: Whether leaves of one shape go through the chain stacked, with `update` under `jax.vmap`. None does so
         where products of matrices gain by it, on GPUs and TPUs, for leaves of up to 2²⁰ elements.
       needs_params: Whether `update` reads ``param``.
+      at_most: Which argument the magnitudes of the new update do not exceed, but for rounding. The next rule
+        finds its value as ``step.at_most``, infinity where it is not constant, and need not guard against more.
       constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
         at their defaults are left out. Default: the function in which `update` is defined.
       state_dtype: A floating-point dtype that the state is kept in; default that of the arithmetic.
@@ -123,6 +126,8 @@ def lift(
         raise TypeError("gather and axis_name go with measure: give it, or neither")
     if gather is None and (memory or reports):
         raise TypeError("memory and reports go with gather: give it, or neither")
+    if at_most is not None and at_most not in arguments:
+        raise TypeError(f"at_most must name an argument of the rule, got {at_most!r}; there are {sorted(arguments)}")
     name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
     rule = Rule(
         name=name,
@@ -140,6 +145,7 @@ def lift(
         fits=fits,
         batched=batched,
         needs_params=needs_params,
+        at_most=at_most,
         state_dtype=state_float_dtype("state_dtype", state_dtype),
         arguments=tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
     )

@@ -4,6 +4,7 @@ A rule reads its hyperparameters, options and branches from ``step``:
 
     step.number      1 at the first update, a scalar of the arithmetic's dtype
     step.decay       the current value of the argument `decay`
+    step.at_most     what no |u| of the update exceeds, a float; infinity where that is not known
     step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
     step.keep        ``mu = step.keep("mu", mu)``: what the state will hold of a new moment, to go on with
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -109,6 +111,7 @@ class Rule:
     batched: bool | None = False
     freezes: bool = False
     needs_params: bool = False
+    at_most: str | None = None
     state_dtype: np.dtype[Any] | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
 
@@ -238,6 +241,7 @@ def run(
 ) -> tuple[Array, tuple[Slots, ...]]:
     """Apply `rules` to one array, one after the other; every moment goes through `keep` once."""
     new_state: list[Slots] = []
+    at_most = math.inf
     for rule, prepared, slots in zip(rules, scalars.prepared, state, strict=True):
         kept: dict[str, Array] = {}
 
@@ -249,16 +253,22 @@ def run(
             return kept[name]
 
         step = step_of(rule, scalars, prepared, keep=keep)
-        step.keep = stored
+        step.keep, step.at_most = stored, at_most
         new_update, new_slots = rule.update(update, slots, param, step)
         _check_kept(rule, "an update", update, new_update)
         if new_slots.keys() != slots.keys():
             raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
         own = [name for name in slots if name not in dict(rule.branches)]
         rest = {name: stored(name, new_slots[name]) for name in own if new_slots[name] is not kept.get(name)}
-        update = new_update
+        update, at_most = new_update, _limit(rule, step)
         new_state.append({**new_slots, **rest})
     return update, tuple(new_state)
+
+
+def _limit(rule: Rule, step: Step) -> float:
+    """What the magnitudes of the rule's result do not exceed, as far as it is known before the step runs."""
+    limit = math.inf if rule.at_most is None else getattr(step, rule.at_most)
+    return limit if isinstance(limit, float) else math.inf
 
 
 def _check_kept(rule: Rule, what: str, old: Array, new: Array) -> None:

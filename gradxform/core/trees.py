@@ -50,6 +50,9 @@ def unless(taken: Any, old: Any, new: Any) -> Any:
 
 def aval(leaf: Any) -> Aval:
     """Shape and dtype of a leaf as JAX will see it; dtype None if it is no array or number."""
+    if isinstance(leaf, Tracer):  # asked for a dozen times per leaf, and four times as fast as the next line
+        kind: Any = leaf.aval
+        return kind.shape, kind.dtype
     if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype
     if isinstance(leaf, float | complex | int) and not isinstance(leaf, bool):
@@ -65,11 +68,6 @@ def dtype_of(leaf: Any) -> np.dtype[Any]:
     dtype = aval(leaf)[1]
     assert dtype is not None
     return dtype
-
-
-def strong(leaf: Any, dtype: np.dtype[Any]) -> bool:
-    """Whether a leaf is an array of just this dtype, not a Python number or weakly typed."""
-    return hasattr(leaf, "dtype") and leaf.dtype == dtype and not getattr(leaf, "weak_type", False)
 
 
 @functools.lru_cache(maxsize=256)

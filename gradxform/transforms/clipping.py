@@ -32,7 +32,7 @@ def clip_by_value(max_value: Numeric) -> Transformation:
       >>> print(tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))[0])
       [ 1.  -0.5]
     """
-    return lift(no_slots, _clip, constructor=clip_by_value, max_value=positive(max_value))
+    return lift(no_slots, _clip, constructor=clip_by_value, at_most="max_value", max_value=positive(max_value))
 
 
 def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
@@ -51,7 +51,8 @@ def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
       >>> print(tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0])
       [0.6 0.8]
     """
-    return lift(no_slots, _clip_leaf, constructor=clip_by_leaf_norm, whole=True, max_norm=positive(max_norm))
+    limit = positive(max_norm)
+    return lift(no_slots, _clip_leaf, constructor=clip_by_leaf_norm, whole=True, at_most="max_norm", max_norm=limit)
 
 
 def clip_by_global_norm(
@@ -93,6 +94,7 @@ def clip_by_global_norm(
         reports=("clipped",),
         axis_name=axis_name,
         mask=mask,
+        at_most="max_norm",
         max_norm=positive(max_norm),
     )
 

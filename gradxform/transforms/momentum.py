@@ -11,7 +11,7 @@ from gradxform.core.body import Transformation
 from gradxform.core.hyperparameters import Numeric, fraction, ranged
 from gradxform.core.lift import lift
 from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import lerp, one_minus_power
+from gradxform.numerics import is_constant, lerp, one_minus_power
 
 
 def scale_by_momentum(
@@ -90,23 +90,29 @@ def _zeros(param: Array) -> Slots:
 
 
 def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    mu = step.keep("mu", lerp(state["mu"], update, 1 - step.decay))
-    return _ahead(mu, update, 1 - step.decay, step) if step.nesterov else mu * step.now, {"mu": mu}
+    weight = 1 - step.decay
+    mu = step.keep("mu", lerp(state["mu"], update, weight))
+    if step.nesterov:
+        return _ahead(mu, weight * update, step), {"mu": mu}
+    return mu * step.now if step.debias else mu, {"mu": mu}
 
 
 def _heavy_ball(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    mu = step.keep("mu", step.decay * state["mu"] + step.weight * update)
-    return _ahead(mu, update, 1.0, step) if step.nesterov else mu, {"mu": mu}
+    weighted = update if is_constant(step.dampening, 0.0) else step.weight * update
+    mu = step.keep("mu", step.decay * state["mu"] + weighted)
+    return _ahead(mu, update, step) if step.nesterov else mu, {"mu": mu}
 
 
-def _ahead(mu: Array, update: Array, weight: Any, step: Step) -> Array:
-    """Nesterov: the momentum as the next step would find it."""
-    return step.decay * (mu * step.next) + weight * (update * step.now)
+def _ahead(mu: Array, weighted: Array, step: Step) -> Array:
+    """Nesterov: the momentum as the next step would find it, of the old one and the update with its weight."""
+    if step.debias:
+        mu, weighted = mu * step.next, weighted * step.now
+    return step.decay * mu + weighted
 
 
 def _corrections(step: Step) -> dict[str, Any]:
     if not step.debias:
-        return {"now": 1.0, "next": 1.0}
+        return {}
     return {
         "now": 1 / one_minus_power(step.decay, step.number),
         "next": 1 / one_minus_power(step.decay, step.number + 1),
@@ -114,7 +120,7 @@ def _corrections(step: Step) -> dict[str, Any]:
 
 
 def _weight(step: Step) -> dict[str, Any]:
-    return {"weight": jnp.where(step.number == 1, 1.0, 1 - step.dampening), "now": 1.0, "next": 1.0}
+    return {"weight": jnp.where(step.number == 1, 1.0, 1 - step.dampening)}
 
 
 def _correction(step: Step) -> dict[str, Any]:

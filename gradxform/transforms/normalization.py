@@ -14,9 +14,11 @@ from gradxform.core.rules import Array, Slots, Step
 from gradxform.numerics import (
     abs_squared,
     clamp,
+    is_constant,
     largest_square,
     lerp,
     one_minus_power,
+    plus,
     real_dtype,
     smallest_normal,
     zero_if_finite,
@@ -143,38 +145,55 @@ def _variance_and_mean(param: Array) -> Slots:
 
 
 def _prepare_rms(step: Step) -> dict[str, Any]:
-    """What v starts from, at the first step only, and the factor that undoes its pull towards zero."""
-    factor = 1 / one_minus_power(step.decay, step.number) if step.debias else 1.0
-    return {"start": jnp.where(step.number == 1, step.initial_scale, 0.0), "factor": factor}
+    """What v starts from, and the factor that undoes its pull towards zero."""
+    factor = {"factor": 1 / one_minus_power(step.decay, step.number)} if step.debias else {}
+    return {**_start(step, step.initial_scale), **factor}
 
 
 def _prepare_rss(step: Step) -> dict[str, Any]:
-    return {"start": jnp.where(step.number == 1, step.initial_accumulator_value, 0.0)}
+    return _start(step, step.initial_accumulator_value)
+
+
+def _start(step: Step, initial: Any) -> dict[str, Any]:
+    return {} if is_constant(initial, 0.0) else {"start": jnp.where(step.number == 1, initial, 0.0)}
 
 
 def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    bounded = clamp(update, largest_square(update.dtype))
-    squares = abs_squared(bounded) + zero_if_finite(update)
+    bounded, squares = _squares(update, largest_square(update.dtype), step)
     direction, of = step.of(bounded, state["of"], param)
-    nu = step.keep("nu", lerp(state["nu"] + step.start, squares, 1 - step.decay))
+    nu = step.keep("nu", lerp(_before(state["nu"], step.initial_scale, step), squares, 1 - step.decay))
+    variance = nu * step.factor if step.debias else nu
     if not step.centered:
-        return _quotient(direction, nu * step.factor, step), {"nu": nu, "of": of}
+        return _quotient(direction, variance, step), {"nu": nu, "of": of}
     mu = step.keep("mu", lerp(state["mu"], bounded, 1 - step.decay))
-    variance = jnp.maximum(nu * step.factor - abs_squared(mu * step.factor), 0)
+    mean = mu * step.factor if step.debias else mu
+    variance = jnp.maximum(variance - abs_squared(mean), 0)
     return _quotient(direction, variance, step), {"nu": nu, "mu": mu, "of": of}
 
 
 def _divide_by_rss(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    bounded = clamp(update, largest_square(update.dtype) / _STEPS_ROOT)
-    squares = abs_squared(bounded) + zero_if_finite(update)
+    bounded, squares = _squares(update, largest_square(update.dtype) / _STEPS_ROOT, step)
     direction, of = step.of(bounded, state["of"], param)
-    nu = step.keep("nu", state["nu"] + step.start + squares)
+    nu = step.keep("nu", _before(state["nu"], step.initial_accumulator_value, step) + squares)
     return _quotient(direction, nu, step), {"nu": nu, "of": of}
+
+
+def _squares(update: Array, limit: float, step: Step) -> tuple[Array, Array]:
+    """The update within ±limit, and its squares, NaN where it is not finite."""
+    if step.at_most <= limit / 8:  # a clip may let a little more through
+        return update, abs_squared(update)
+    bounded = clamp(update, limit)
+    return bounded, abs_squared(bounded) + zero_if_finite(update)
+
+
+def _before(nu: Array, initial: Any, step: Step) -> Array:
+    """v before this step; before the first it is what it starts from."""
+    return nu if is_constant(initial, 0.0) else nu + step.start
 
 
 def _quotient(direction: Array, variance: Array, step: Step) -> Array:
     """direction / (√(variance + eps_root) + eps), with 0/0 = 0."""
-    divisor = jnp.sqrt(variance + step.eps_root) + step.eps
+    divisor = plus(step.eps, jnp.sqrt(plus(step.eps_root, variance)))
     if isinstance(step.eps, float) and step.eps >= smallest_normal(variance.dtype):
         return direction / divisor
     return jnp.where(divisor == 0, 0, direction / jnp.where(divisor == 0, 1, divisor))
