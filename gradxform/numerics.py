@@ -35,7 +35,7 @@ def largest_square(dtype: Any) -> float:
 def strong(x: Any, dtype: Any) -> bool:
     """Whether `x` is an array of just this dtype, not a Python number or weakly typed."""
     kind = getattr(x, "aval", x)
-    return getattr(kind, "dtype", None) == dtype and not getattr(kind, "weak_type", False)
+    return hasattr(kind, "dtype") and kind.dtype == dtype and not getattr(kind, "weak_type", False)
 
 
 def cast(x: Any, dtype: Any) -> Array:
