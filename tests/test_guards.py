@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import gradxform as gx
+from gradxform import numerics
 from tests.strategies import assert_same, signature
 
 pytestmark = pytest.mark.once
@@ -615,6 +616,25 @@ def test_a_norm_beyond_float32_counts_as_the_largest():
         expected = 1e3 * 3e38 / float(np.finfo(np.float32).max)
         np.testing.assert_allclose(updates["a"], expected, rtol=3e-7)  # a quotient and a product, and that of the limit
         np.testing.assert_allclose(updates["b"], -expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize("pattern", ["equal", "one above all others"])
+def test_the_norm_of_a_large_array_is_right_from_the_smallest_to_the_largest_floats(pattern):
+    size = 1 << 17
+    assert size > numerics.SMALL
+    array = np.full(size, 1.5) if pattern == "equal" else np.full(size, 1.5 / 64)
+    array[0] = 1.5
+    smallest = -126 + (0 if pattern == "equal" else 6)
+    powers = jnp.arange(smallest, 127 - 9)  # the norm is up to 363 times as large as the largest element
+
+    @jax.jit
+    def norms(power):
+        scaled = jnp.ldexp(jnp.asarray(array, jnp.float32), power)
+        return numerics.norm(scaled), numerics.joint_norms([[scaled]])[0]
+
+    for found in jax.lax.map(norms, powers):
+        expected = np.linalg.norm(array) * 2.0 ** np.arange(smallest, 127 - 9)
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1e-6)  # a sum of 2¹⁷ squares
 
 
 @pytest.mark.parametrize("name", [*CLIPS, "skip_nonfinite", "observe"])
