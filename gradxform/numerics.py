@@ -294,8 +294,8 @@ def _squares(arrays: Sequence[Array], scale: Array) -> Array:
 def _scale_for(largest: Array) -> Array:
     """A power of two by which numbers up to this one may be multiplied, squared and added up.
 
-    In float32 it is 1 from 2⁻²⁰ to 2⁴⁴, and what is scaled ends up between 2⁻⁶³ and 2⁴⁸: the squares of 2³⁰ such numbers
-    have a sum, and 2³⁰ whose squares are no normal numbers take nothing from it. In float64 eight times as far.
+    In float32 it is 1 from 2⁻²⁰ to 2⁴⁴, and what is scaled ends up between 2⁻⁶³ and 2⁴⁸: the squares of 2³⁰ such
+    numbers have a sum, and 2³⁰ whose squares are no normal numbers take nothing from it. In float64 eight times as far.
     """
     half = jnp.finfo(largest.dtype).maxexp // 2
     # the square of `up` is finite: XLA may pull it out of the sum of a constant x, and 0·∞ is NaN
