@@ -232,12 +232,14 @@ def joint_norms(groups: Sequence[Sequence[Array]]) -> Array:
     apart = [len(group) == 1 and group[0].size > SMALL for group in groups]
     large, small = ([i for i, one in enumerate(apart) if one is kind] for kind in (True, False))
     parts = [_norms_one_by_one([groups[i][0] for i in large])] if large else []
-    parts += [_scaled_norms([groups[i] for i in small])] if small else []
+    parts += [_scaled_norms([_few(groups[i]) for i in small])] if small else []
     return jnp.concatenate(parts)[np.argsort(large + small)] if len(parts) > 1 else parts[0]
 
 
 SMALL = 1 << 16
 """Elements up to which arrays of a shape are summed together; beyond, that is slower than one by one."""
+_TINY = 1 << 12
+"""Elements up to which all arrays of a shape are put into one: a copy of little, for far less to compile."""
 
 
 def _norms_one_by_one(arrays: Sequence[Array]) -> Array:
@@ -276,7 +278,17 @@ def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
 
 def runs(group: Sequence[Array]) -> list[Sequence[Array]]:
     """As many arrays of one shape as are well put together before a sum is taken: each sum is a kernel."""
-    return [group[i : i + 32] for i in range(0, len(group), 32)]
+    length = len(group) if _tiny(group) else 32
+    return [group[i : i + length] for i in range(0, len(group), length)]
+
+
+def _tiny(group: Sequence[Array]) -> bool:
+    return group[0].size <= _TINY
+
+
+def _few(group: Sequence[Array]) -> Sequence[Array]:
+    """A group as fewer arrays with the same elements."""
+    return [jnp.stack(group)] if len(group) > 1 and _tiny(group) else group
 
 
 def _sum_of_squares(arrays: Sequence[Array], scale: Array) -> Array:
