@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform.numerics import Array, round_to, smallest_normal
+from gradxform.numerics import Array, smallest_normal
+from gradxform.rounding import round_to
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gradxform.codecs import CODECS, dynamic_map, midpoints
-from gradxform.numerics import random_bits, seed_for
+from gradxform.rounding import random_bits, seed_for
 
 pytestmark = pytest.mark.once
 

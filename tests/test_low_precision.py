@@ -22,7 +22,7 @@ from flax.training.train_state import TrainState
 from sklearn.datasets import load_digits
 
 import gradxform as gx
-from gradxform import numerics
+from gradxform import rounding
 from tests.strategies import gradient, signature, walk
 
 pytestmark = pytest.mark.once
@@ -115,14 +115,14 @@ DRAWS = 1 << 16
 
 
 def random_bits(shape):
-    return numerics.random_bits(jnp.uint32(1), shape)
+    return rounding.random_bits(jnp.uint32(1), shape)
 
 
 @every_low
 def test_only_the_two_neighbours_occur_and_the_mean_is_right(dtype):
     values = np.float32([1.001, -1.001, 3.3, -1e-4, 6.1e-5, 3e-6, -2.2e-8, 1e-9, 4321.7, -60001.0])  # subnormals too
     shape = (len(values), DRAWS)
-    rounded = numerics.round_to(jnp.broadcast_to(values[:, None], shape), dtype, random_bits(shape))
+    rounded = rounding.round_to(jnp.broadcast_to(values[:, None], shape), dtype, random_bits(shape))
     for value, draws in zip(values, in_double(rounded), strict=True):
         near = value.astype(LOW[dtype])
         other = np.nextafter(near, LOW[dtype](np.inf if near < value else -np.inf))
@@ -140,7 +140,7 @@ def test_every_number_of_the_dtype_is_a_fixed_point(dtype):
     flushed = (numbers != 0) & (np.abs(numbers) < np.finfo(np.float32).smallest_normal)  # by XLA
     numbers = jnp.asarray(numbers[~flushed])
     for bits in (None, random_bits(numbers.shape), *(jnp.full(numbers.shape, x, jnp.uint32) for x in (0, 2**32 - 1))):
-        rounded = numerics.round_to(numbers, dtype, bits)
+        rounded = rounding.round_to(numbers, dtype, bits)
         number = ~jnp.isnan(numbers)
         assert_bits(rounded[number], numbers[number])
         assert jnp.isnan(rounded[~number]).all()
@@ -150,7 +150,7 @@ def test_every_number_of_the_dtype_is_a_fixed_point(dtype):
 def test_without_bits_it_is_the_nearest_number_as_numpy_finds_it(dtype):
     ties = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2**-25, 3 * 2**-25]
     values = np.concatenate([ANYWHERE, ANYWHERE * 1e-6, ties]).astype(np.float32)
-    assert_bits(numerics.round_to(jnp.asarray(values), dtype), jnp.asarray(values.astype(LOW[dtype]), jnp.float32))
+    assert_bits(rounding.round_to(jnp.asarray(values), dtype), jnp.asarray(values.astype(LOW[dtype]), jnp.float32))
 
 
 @every_low
@@ -158,8 +158,8 @@ def test_what_is_too_large_becomes_the_largest_number(dtype):
     largest = np.float32(jnp.finfo(dtype).max)
     beyond = jnp.asarray([np.nextafter(largest, np.float32(np.inf)), 3.4e38], jnp.float32)
     for bits in (None, jnp.full(2, 2**32 - 1, jnp.uint32)):
-        np.testing.assert_array_equal(numerics.round_to(beyond, dtype, bits), largest)
-        np.testing.assert_array_equal(numerics.round_to(-beyond, dtype, bits), -largest)
+        np.testing.assert_array_equal(rounding.round_to(beyond, dtype, bits), largest)
+        np.testing.assert_array_equal(rounding.round_to(-beyond, dtype, bits), -largest)
 
 
 def assert_unrelated(streams):
@@ -464,8 +464,8 @@ def test_whoever_adds_the_updates_lands_on_the_numbers_chosen(form, dtype):
     grads = start.astype(jnp.float32) - ANYWHERE
     updates, state = tx.update(grads, tx.init(start), start)
     value = start.astype(jnp.float32) - grads  # ANYWHERE, rounded once
-    first_bits = numerics.random_bits(numerics.seed_for(state.seed - numerics.next_seed(jnp.uint32(0)), 0), value.shape)
-    chosen = numerics.round_to(value, dtype, first_bits if form is FORMS["stochastic"] else None).astype(dtype)
+    first_bits = rounding.random_bits(rounding.seed_for(state.seed - rounding.next_seed(jnp.uint32(0)), 0), value.shape)
+    chosen = rounding.round_to(value, dtype, first_bits if form is FORMS["stochastic"] else None).astype(dtype)
     assert_bits(gx.apply_updates(start, updates), chosen)
     with lenient():
         assert_bits(optax.apply_updates(start, updates), chosen)
@@ -481,7 +481,7 @@ UNIT = {"bfloat16": 2.0**-8 * 2, "int8": 1 / 127, "int16": 1 / 32767, "master": 
 def test_parameter_and_residual_stand_for_the_float32_value(name, dtype):
     form, zeros = FORMS[name], jnp.zeros(ANYWHERE.shape, dtype)
     params, state = steps(form(gx.sgd(1.0)), zeros, -jnp.asarray(ANYWHERE)[None])
-    half = in_double(numerics.half_step(params.astype(jnp.float32), dtype))
+    half = in_double(rounding.half_step(params.astype(jnp.float32), dtype))
     errors = in_double(stands_for(form, params, state)) - in_double(ANYWHERE)
     # one unit; the sum of parameter and residual is a float32
     assert (np.abs(errors) <= UNIT[name] * half + 2.0**-24 * np.abs(ANYWHERE) * (name != "master")).all()

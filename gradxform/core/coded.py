@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradxform import numerics
+from gradxform import numerics, rounding
 from gradxform.codecs import Codec
 from gradxform.core.compiled import on_leaf
 from gradxform.core.rules import Rule
@@ -90,7 +90,7 @@ def _on_blocks(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Cal
 def _encoded(codec: Codec, new: Any, old: Any, seed: Any, taken: Any) -> tuple[Any, Any]:
     """Codes and scales of a moment, the old ones where the step is not taken."""
     new = numerics.cast(new, jnp.float32)
-    codes, scales = codec.encode(new, None if seed is None else numerics.own_bits(new, seed))
+    codes, scales = codec.encode(new, None if seed is None else rounding.own_bits(new, seed))
     if taken is None:
         return codes, scales
     return jnp.where(taken, codes, old[0]), None if scales is None else jnp.where(taken, scales, old[1])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform import numerics
+from gradxform import numerics, rounding
 from gradxform.core import rules as one_array
 from gradxform.core import trees
 from gradxform.core.rules import Measure, Report, Rule, Scalars
@@ -97,7 +97,7 @@ class _Keeper:
         index, dtype = next(self._number), rule.state_dtype
         if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
             # the same seed for every leaf: a number of its own would make every leaf a kernel of its own to compile
-            narrow = numerics.rounded_at_random(new, dtype, numerics.seed_for(self._seed, index))
+            narrow = rounding.rounded_at_random(new, dtype, rounding.seed_for(self._seed, index))
             if self._taken is not None:
                 narrow = jnp.where(self._taken, narrow, old.astype(dtype))
             wide = narrow.astype(new.dtype)
@@ -114,7 +114,7 @@ def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
     def step_scalars(dtype, count, dynamic):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
             number = increment(count).astype(dtype)
-            seed = numerics.mix(jnp.asarray(count).astype(np.uint32))
+            seed = rounding.mix(jnp.asarray(count).astype(np.uint32))
             scalars = Scalars(number, seed, {name: value.astype(dtype) for name, value in dynamic.items()})
             return dataclasses.replace(scalars, prepared=one_array.prepare(rules, scalars))
 

@@ -21,7 +21,8 @@ from gradxform.core import trees
 from gradxform.core.body import Alone, Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.leaves import HOLE, Leaves, column, trained_leaves, widened
 from gradxform.core.state import check_state_type, get_hyperparams
-from gradxform.numerics import Array, cast, half_step, next_seed, random_bits, round_to, seed_for, up_or_down
+from gradxform.numerics import Array, cast
+from gradxform.rounding import half_step, next_seed, random_bits, round_to, seed_for, up_or_down
 
 
 class LowPrecisionState(NamedTuple):

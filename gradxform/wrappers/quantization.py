@@ -27,7 +27,8 @@ from gradxform.core.leaves import HOLE, Leaves, column, trained_leaves, widened
 from gradxform.core.program import Program
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.core.trees import unless
-from gradxform.numerics import Array, cast, next_seed, own_bits, seed_for
+from gradxform.numerics import Array, cast
+from gradxform.rounding import next_seed, own_bits, seed_for
 
 
 class QuantizedState(NamedTuple):
