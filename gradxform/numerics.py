@@ -174,17 +174,16 @@ def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
 
 def runs(group: Sequence[Array]) -> list[Sequence[Array]]:
     """As many arrays of one shape as are well put together before a sum is taken: each sum is a kernel."""
-    length = len(group) if _tiny(group) else 32
+    length = len(group) if group[0].size <= _TINY else _RUN
     return [group[i : i + length] for i in range(0, len(group), length)]
 
 
-def _tiny(group: Sequence[Array]) -> bool:
-    return group[0].size <= _TINY
+_RUN = 32
 
 
 def _few(group: Sequence[Array]) -> Sequence[Array]:
-    """A group as fewer arrays with the same elements."""
-    return [jnp.stack(group)] if len(group) > 1 and _tiny(group) else group
+    """A group as one array, if its arrays are tiny and more than are added up in a kernel."""
+    return [jnp.stack(group)] if len(group) > _RUN and group[0].size <= _TINY else group
 
 
 def _sum_of_squares(arrays: Sequence[Array], scale: Array) -> Array:
