@@ -136,6 +136,8 @@ SMALL = 1 << 16
 """Elements up to which arrays of a shape are summed together; beyond, that is slower than one by one."""
 _TINY = 1 << 12
 """Elements up to which all arrays of a shape are put into one: a copy of little, for far less to compile."""
+_RUN = 32
+"""How many others are added up in one kernel."""
 
 
 def _norms_one_by_one(arrays: Sequence[Array]) -> Array:
@@ -150,15 +152,14 @@ def _norms_one_by_one(arrays: Sequence[Array]) -> Array:
 def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
     """The norm of each group, with one power of two for all, by which everything is multiplied before it is squared."""
     info = jnp.finfo(groups[0][0].dtype)
-    half = info.maxexp // 2
-    lowest, highest = 2.0 ** (info.minexp // 4), 2.0 ** (half - 4)
+    lowest, highest = 2.0 ** (info.minexp // 4), 2.0 ** (info.maxexp // 2 - 4)
 
     def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         number, scale, _ = carry
         squares = jnp.stack([sum(_sum_of_squares(run, scale) for run in runs(group)) for group in groups])
         sizes = jnp.sqrt(squares) / scale
         sizes = jnp.where(jnp.isfinite(squares), jnp.minimum(sizes, float(info.max)), sizes)
-        other = jnp.where(jnp.max(sizes) < 1, 2.0 ** (half - 1), 2.0 ** (-5 * half // 4))
+        other = jnp.where(jnp.max(sizes) < 1, *_up_and_down(info.dtype))
         return number + 1, other.astype(info.dtype), sizes
 
     def unusual(carry: tuple[Array, Array, Array]) -> Array:
@@ -176,9 +177,6 @@ def runs(group: Sequence[Array]) -> list[Sequence[Array]]:
     """As many arrays of one shape as are well put together before a sum is taken: each sum is a kernel."""
     length = len(group) if group[0].size <= _TINY else _RUN
     return [group[i : i + length] for i in range(0, len(group), length)]
-
-
-_RUN = 32
 
 
 def _few(group: Sequence[Array]) -> Sequence[Array]:
@@ -204,11 +202,16 @@ def _scale_for(largest: Array) -> Array:
     In float32 it is 1 from 2⁻²⁰ to 2⁴⁴, and what is scaled ends up between 2⁻⁶³ and 2⁴⁸: the squares of 2³⁰ such
     numbers have a sum, and 2³⁰ whose squares are no normal numbers take nothing from it. In float64 eight times as far.
     """
-    half = jnp.finfo(largest.dtype).maxexp // 2
-    # the square of `up` is finite: XLA may pull it out of the sum of a constant x, and 0·∞ is NaN
-    up, down = 2.0 ** (half - 1), 2.0 ** (-5 * half // 4)
+    half, (up, down) = jnp.finfo(largest.dtype).maxexp // 2, _up_and_down(largest.dtype)
     scale = jnp.where(largest > 2.0 ** (11 * half // 16), down, jnp.where(largest < 2.0 ** (-5 * half // 16), up, 1.0))
     return scale.astype(largest.dtype)
+
+
+def _up_and_down(dtype: Any) -> tuple[float, float]:
+    """The powers of two by which numbers too small and too large to be squared are multiplied before."""
+    half = jnp.finfo(dtype).maxexp // 2
+    # the square of the first is finite: XLA may pull it out of the sum of a constant x, and 0·∞ is NaN
+    return 2.0 ** (half - 1), 2.0 ** (-5 * half // 4)
 
 
 def _saturated(size: Array, largest: Array) -> Array:
