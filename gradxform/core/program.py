@@ -111,13 +111,6 @@ class Program(Body):
         live = {name: h.within for name, h in self.hyperparameters.items() if isinstance(h.value, Live)}
         return state_type(self.fields, tuple(live.items()))
 
-    @functools.cached_property
-    def by_element(self) -> bool:
-        """Whether it may run on any part of an array, since no rule looks at whole ones."""
-        rules = [segment.rules for segment in self.segments if isinstance(segment, Segment)]
-        whole = any(inner.whole for some in rules for rule in some for inner in rule.walk())
-        return len(rules) == len(self.segments) and not whole
-
     def select(self, params: Any, leaves: list[Any], structure: Any) -> Selection:
         return Selection.of(self.flat, params, leaves, structure)
 

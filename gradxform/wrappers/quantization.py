@@ -183,12 +183,12 @@ class QuantizeState(Wrapper):
         return self._run(self.tx.step, updates, state, params, call)
 
     def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
-        if not self._by_block(updates, params):
+        if not self._in_kernels(updates, params):
             return super().guarded(updates, state, params, call, taken)
         return self._run(functools.partial(self.tx.guarded, taken=taken), updates, state, params, call, taken)
 
     def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if not self._by_block(updates, params):
+        if not self._in_kernels(updates, params):
             return super().advance(updates, state, params, call, taken)
         return self._run(functools.partial(self.tx.advance, taken=taken), updates, state, params, call, taken)
 
@@ -205,7 +205,7 @@ class QuantizeState(Wrapper):
         def coded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Coded:
             return Coded(codec, codes, scales, self._seed(state.seed, number))
 
-        opened = _opened(state, layout, structure, coded if self._by_block(updates, params) else _decoded)
+        opened = _opened(state, layout, structure, coded if self._in_kernels(updates, params) else _decoded)
         stepped, new, report = inner_step(self.seen(updates), opened, given, call)
         if isinstance(self.tx, Alone):
             steps = zip(structure.flatten_up_to(stepped), leaves.final, strict=True)
@@ -213,13 +213,13 @@ class QuantizeState(Wrapper):
         after = unless(taken, state.seed, next_seed(state.seed))
         return stepped, self._closed(state.seed, new, layout, structure)._replace(seed=after), report
 
-    def _by_block(self, updates: Any, params: Any) -> bool:
+    def _in_kernels(self, updates: Any, params: Any) -> bool:
         """Whether the wrapped transformation acts on any block of an array as on the whole."""
-        if not isinstance(self.tx, Program) or not self.tx.by_element:
+        if not isinstance(self.tx, Program):
             return False
         leaves, structure = jax.tree.flatten(updates if params is None else params)
         fields = {field.name for _, field in self.layout(leaves, structure).fields}
-        return fields == {name for segment in self.tx.segments for name in getattr(segment, "fields", ())}
+        return fields <= {name for segment in self.tx.segments for name in getattr(segment, "fields", ())}
 
     def seen(self, tree: Any) -> Any:
         """Updates or parameters as the wrapped transformation gets them: ours computes in float32 whatever they are."""
@@ -376,38 +376,25 @@ def _placed(value: Any, codes: Any, scales: Any) -> tuple[Any, Any]:
 # One array
 
 
-def blocked(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """An array's shape with its last axis in blocks, or if it is no whole number of them, all of it."""
-    if shape and shape[-1] % codec.block == 0:
-        return (*shape[:-1], shape[-1] // codec.block, codec.block)
-    return (int(np.prod(shape)) // codec.block, codec.block)
-
-
 def coded_avals(codec: Codec, shape: tuple[int, ...]) -> tuple[trees.Aval, trees.Aval | None]:
     """Shape and dtype of the codes and the scales of an array; None if there are no scales."""
-    codes = shape
-    if codec.per_code > 1:
-        whole = bool(shape) and shape[-1] % codec.per_code == 0
-        codes = (*shape[:-1], shape[-1] // codec.per_code) if whole else (int(np.prod(shape)) // codec.per_code,)
-    scales = None if codec.scale_dtype is None else (blocked(codec, shape)[:-1], np.dtype(codec.scale_dtype))
-    return (codes, np.dtype(codec.code_dtype)), scales
+    scales = None if codec.scale_dtype is None else (codec.scale_shape(shape), np.dtype(codec.scale_dtype))
+    return (codec.code_shape(shape), np.dtype(codec.code_dtype)), scales
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]:
     """Codes, in the shape of the array, and scales; rounded at random where there is a seed."""
     with jax.numpy_dtype_promotion("standard"):
-        rows = blocked(codec, value.shape)
-        blocks = cast(value, jnp.float32).reshape(rows)
-        codes, scales = codec.encode(blocks, None if seed is None else own_bits(blocks, seed))
-        return codes.reshape(coded_avals(codec, value.shape)[0][0]), HOLE if scales is None else scales
+        value = cast(value, jnp.float32)
+        codes, scales = codec.encode(value, None if seed is None else own_bits(value, seed))
+        return codes, HOLE if scales is None else scales
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decoded(codec: Codec, aval: trees.Aval, codes: Array, scales: Any) -> Array:
     """The array of this shape and dtype that codes and scales stand for."""
+    shape, dtype = aval
     with jax.numpy_dtype_promotion("standard"):
-        *rows, block = blocked(codec, aval[0])
         some = None if isinstance(scales, optax.MaskedNode) else scales
-        blocks = codec.decode(codes.reshape(*rows, block // codec.per_code), some)
-        return cast(blocks.reshape(aval[0]), aval[1])
+        return cast(codec.decode(codes, some).reshape(shape), dtype)

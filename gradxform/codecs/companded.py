@@ -1,0 +1,64 @@
+"""Codes of numbers that were made more alike before, in small groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from gradxform.codecs.codec import Codec, inverse, least, whole, with_sign_of
+from gradxform.numerics import Array
+from gradxform.rounding import round_to
+
+
+@dataclasses.dataclass(frozen=True)
+class Companded8(Codec):
+    """x = s·z/(2 − |z|), z = q/127, and where x ≥ 0, x = (s·q/255)²: finer near zero, in groups of 32.
+
+    The scale is a float16: 6e-8 to 65504, and for roots the same. Below, numbers lose their precision, and blocks of
+    larger ones shrink to it.
+
+    References:
+      Ortiz et al. 2026, arXiv 2602.23349, section 3.2.
+    """
+
+    name: ClassVar[str] = "companded8"
+    block: ClassVar[int] = 32
+    scale_dtype: ClassVar[Any] = np.float16
+
+    @property
+    def code_dtype(self) -> Any:
+        return np.int8 if self.signed else np.uint8
+
+    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
+        assert largest is not None
+        largest = largest if self.signed else jnp.sqrt(largest)
+        coarse = largest < 2.0**-14  # below the normal numbers of float16: the next one up is its own unit
+        upper = jnp.ceil(largest * 2.0**24) * 2.0**-24
+        upper = jnp.where(largest > 0, jnp.maximum(upper, 2.0**-24), upper)
+        scales = jnp.where(coarse, upper, round_to(largest, np.float16, None if bits is None else self._drawn(bits)))
+        unit = jnp.where(coarse, upper, largest)
+        if self.signed:
+            magnitudes = jnp.abs(x)
+            # y/(1 + |y|) for y = x/s
+            shares = magnitudes / (self.spread(jnp.where(unit > 0, unit, 1), x.shape) + magnitudes)
+            codes = whole(with_sign_of(x, shares * np.float32(254)), -127, 127, bits, np.int8)
+        else:
+            roots = jnp.sqrt(jnp.abs(x)) * self.spread(inverse(unit) * np.float32(255), x.shape)
+            codes = whole(roots, least(x), 255, bits, np.uint8)
+        return codes, scales.astype(np.float16)
+
+    def _drawn(self, bits: Array) -> Array:
+        """Bits for each scale: to nearest, one sticks that shrinks by less than half of float16's step."""
+        blocks = bits.reshape(*self.scale_shape(bits.shape), self.block)
+        return blocks[..., 0] ^ blocks[..., -1]
+
+    def decode(self, codes: Array, scales: Array | None) -> Array:
+        assert scales is not None
+        numbers, scales = codes.astype(np.float32), self.spread(scales.astype(np.float32), codes.shape)
+        if self.signed:
+            return numbers / (254 - jnp.abs(numbers)) * scales
+        roots = numbers * (scales * np.float32(1 / 255))
+        return roots * roots

@@ -1,0 +1,78 @@
+"""Codes whose numbers are powers of evenly spaced ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradxform.codecs.codec import Codec, inverse, least, whole, with_sign_of
+from gradxform.numerics import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Powers(Codec):
+    """x = ±(q·s)ᵖ, and where x ≥ 0, x = (q·s)²ᵖ, for p of 1 or 2.
+
+    s is rounded to 16 significant bits, so that q·s is exact, and decoding and coding again changes nothing.
+    """
+
+    block: ClassVar[int] = 256
+    halvings: ClassVar[int]
+    """How many square roots are taken of what is signed; of the rest one more."""
+
+    @property
+    def code_dtype(self) -> Any:
+        return np.int8 if self.signed else np.uint8
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return 127 if self.signed else 255
+
+    def root(self, x: Array) -> Array:
+        """The root of x ≥ 0 that is evenly spaced."""
+        for _ in range(self.halvings + (not self.signed)):
+            x = jnp.sqrt(x)
+        return x
+
+    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
+        assert largest is not None
+        power = 2.0 ** (self.halvings + (not self.signed))
+        # the power of the smallest step is a normal number, and of the largest code times the largest step a finite one
+        smallest, most = 2.0 ** np.ceil(-126 / power), 2.0 ** (128 / power) / self.levels * (1 - 2.0**-15)
+        root = self.root(largest)
+        steps = jnp.clip(root * np.float32(1 / self.levels), np.float32(smallest), np.float32(most))
+        steps = jnp.where(root == 0, 0, jax.lax.reduce_precision(steps, 8, 15))
+        roots = self.root(jnp.abs(x)) * self.spread(inverse(steps), x.shape)
+        if self.signed:
+            return whole(with_sign_of(x, roots), -self.levels, self.levels, bits, np.int8), steps
+        return whole(roots, least(x), self.levels, bits, np.uint8), steps
+
+    def decode(self, codes: Array, scales: Array | None) -> Array:
+        assert scales is not None
+        x = codes.astype(np.float32) * self.spread(scales, codes.shape)
+        if self.signed:
+            return x if self.halvings == 0 else x * jnp.abs(x)
+        for _ in range(self.halvings + 1):
+            x = x * x
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear8(_Powers):
+    """x = q·s, and where x ≥ 0, x = (q·s)²: evenly spaced numbers, or square roots."""
+
+    name: ClassVar[str] = "linear8"
+    halvings: ClassVar[int] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Root8(_Powers):
+    """x = ±(q·s)², and where x ≥ 0, x = (q·s)⁴: evenly spaced square roots, or fourth roots; finer near zero."""
+
+    name: ClassVar[str] = "root8"
+    halvings: ClassVar[int] = 1
