@@ -95,7 +95,7 @@ class _Keeper:
     def __call__(self, rule: Rule, new: jax.Array, old: jax.Array) -> jax.Array:
         """Below float32 rounded stochastically, for to nearest small changes are lost; the old where none is taken."""
         index, dtype = next(self._number), rule.state_dtype
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        if _narrow(dtype):
             # the same seed for every leaf: a number of its own would make every leaf a kernel of its own to compile
             narrow = rounding.rounded_at_random(new, dtype, rounding.seed_for(self._seed, index))
             if self._taken is not None:
@@ -106,15 +106,22 @@ class _Keeper:
         return new if self._taken is None else jnp.where(self._taken, new, old)
 
 
+def _narrow(dtype: np.dtype[Any] | None) -> bool:
+    """Whether a state of this dtype is rounded at random."""
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 4
+
+
 @functools.lru_cache(maxsize=4096)
 def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
     """``step_scalars(dtype, count, dynamic)``: what is the same for all leaves whose arithmetic has this real dtype."""
+
+    narrow = any(_narrow(inner.state_dtype) for rule in rules for inner in rule.walk())
 
     @functools.partial(jax.jit, static_argnums=0)
     def step_scalars(dtype, count, dynamic):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
             number = increment(count).astype(dtype)
-            seed = rounding.mix(jnp.asarray(count).astype(np.uint32))
+            seed = rounding.mix(jnp.asarray(count).astype(np.uint32)) if narrow else None
             scalars = Scalars(number, seed, {name: value.astype(dtype) for name, value in dynamic.items()})
             return dataclasses.replace(scalars, prepared=one_array.prepare(rules, scalars))
 

@@ -197,8 +197,8 @@ class Scalars:
     """The numbers of one step in the dtype of one leaf's arithmetic."""
 
     number: Array
-    seed: Array
-    """For the stochastic rounding of low-precision states."""
+    seed: Array | None
+    """For the stochastic rounding of low-precision states, if there are any."""
     dynamic: dict[str, Array]
     prepared: tuple[dict[str, Any], ...] = ()
 
