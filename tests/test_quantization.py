@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gradxform as gx
 from gradxform.codecs import CODECS
-from gradxform.wrappers.quantization import decoded
+from gradxform.core.coded import decoded
 from tests.strategies import assert_close, assert_same, signature
 
 pytestmark = pytest.mark.once

@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from gradxform.codecs import CODECS, Codec
 from gradxform.core import trees
 from gradxform.core.arguments import count_of
 from gradxform.core.body import Alone, Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.coded import Coded
-from gradxform.core.leaves import HOLE, Leaves, column, trained_leaves, widened
+from gradxform.core.coded import Coded, decoded, encoded, on_devices_of
+from gradxform.core.fields import KINDS, KNOWN, Layout, keys, told
+from gradxform.core.leaves import Leaves, trained_leaves, widened
 from gradxform.core.program import Program
 from gradxform.core.state import check_state_type, get_hyperparams
 from gradxform.core.trees import unless
 from gradxform.numerics import Array, cast
-from gradxform.rounding import next_seed, own_bits, seed_for
+from gradxform.rounding import next_seed, seed_for
 
 
 class QuantizedState(NamedTuple):
@@ -107,50 +106,11 @@ def quantize_state(
     if rounding not in _ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, _ROUNDINGS))}, got {rounding!r}")
     body = body_of("tx of quantize_state", tx)
-    return Transformation.of(QuantizeState(body, codec, count_of("min_size", min_size), _told(fields), rounding))
-
-
-def _told(fields: Any) -> tuple[tuple[str, str], ...]:
-    """The argument `fields`, checked and hashable."""
-    if not isinstance(fields, Mapping | None):
-        raise TypeError(f"fields must map names of state fields to what they hold, got {fields!r}")
-    for name, kind in (fields or {}).items():
-        if not isinstance(name, str):
-            raise TypeError(f"fields must map names of state fields to what they hold, got the name {name!r}")
-        if kind not in _KINDS:
-            raise ValueError(f"fields[{name!r}] must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}")
-    return tuple(sorted((fields or {}).items()))
+    return Transformation.of(QuantizeState(body, codec, count_of("min_size", min_size), told(fields), rounding))
 
 
 _ROUNDINGS = ("stochastic", "nearest")
-_KINDS = ("signed", "non_negative", "kept")
-_SIGNED = ("mu", "m", "m1", "m2", "trace", "exp_avg", "momentum", "momentum_buffer", "velocity")
-_NON_NEGATIVE = ("nu", "nu_max", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum_of_squares", "e_g", "e_x")
-_KEPT = ("mean", "acc_grads", "grad_acc", "residual")  # gradients not used yet, and what parameters lack
-_KNOWN = {name: kind for kind, names in zip(_KINDS, (_SIGNED, _NON_NEGATIVE, _KEPT), strict=True) for name in names}
-"""What fields of these names hold in this library, optax and torch."""
 _DEFAULT = CODECS["root8"]()
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """A part of the inner state that is a tree like the parameters."""
-
-    name: str
-    codecs: tuple[Codec | None, ...]
-    """How each leaf is coded; None where it is kept."""
-    avals: tuple[trees.Aval, ...]
-    """Shape and dtype of each leaf, as the wrapped transformation has it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where in an inner state the fields are."""
-
-    structure: Any
-    """Of the inner state, each field a leaf."""
-    fields: tuple[tuple[int, Field], ...]
-    """Each field, and its place among those leaves."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -183,12 +143,12 @@ class QuantizeState(Wrapper):
         return self._run(self.tx.step, updates, state, params, call)
 
     def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
-        if not self._in_kernels(updates, params):
+        if not self._in_kernels(self._layout_for(updates, params)):
             return super().guarded(updates, state, params, call, taken)
         return self._run(functools.partial(self.tx.guarded, taken=taken), updates, state, params, call, taken)
 
     def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if not self._in_kernels(updates, params):
+        if not self._in_kernels(self._layout_for(updates, params)):
             return super().advance(updates, state, params, call, taken)
         return self._run(functools.partial(self.tx.advance, taken=taken), updates, state, params, call, taken)
 
@@ -199,13 +159,14 @@ class QuantizeState(Wrapper):
         check_state_type(self.name, state, QuantizedState)
         leaves = Leaves.of(updates, params)
         structure = leaves.structure
-        layout = self.layout(leaves.updates if params is None else leaves.params, structure)
+        layout = self._layout_for(updates, params)
         given = None if params is None else self.seen(params)
 
         def coded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Coded:
             return Coded(codec, codes, scales, self._seed(state.seed, number))
 
-        opened = _opened(state, layout, structure, coded if self._in_kernels(updates, params) else _decoded)
+        decode = coded if self._in_kernels(layout) else _decoded
+        opened = layout.opened(state.codes, state.scales, state.inner, structure, decode)
         stepped, new, report = inner_step(self.seen(updates), opened, given, call)
         if isinstance(self.tx, Alone):
             steps = zip(structure.flatten_up_to(stepped), leaves.final, strict=True)
@@ -213,13 +174,10 @@ class QuantizeState(Wrapper):
         after = unless(taken, state.seed, next_seed(state.seed))
         return stepped, self._closed(state.seed, new, layout, structure)._replace(seed=after), report
 
-    def _in_kernels(self, updates: Any, params: Any) -> bool:
-        """Whether the wrapped transformation acts on any block of an array as on the whole."""
-        if not isinstance(self.tx, Program):
-            return False
-        leaves, structure = jax.tree.flatten(updates if params is None else params)
-        fields = {field.name for _, field in self.layout(leaves, structure).fields}
-        return fields <= {name for segment in self.tx.segments for name in getattr(segment, "fields", ())}
+    def _in_kernels(self, layout: Layout) -> bool:
+        """Whether all fields are those of rules, which decode and encode them in the kernels of the step."""
+        segments = self.tx.segments if isinstance(self.tx, Program) else ()
+        return set(layout.names) <= {name for segment in segments for name in getattr(segment, "fields", ())}
 
     def seen(self, tree: Any) -> Any:
         """Updates or parameters as the wrapped transformation gets them: ours computes in float32 whatever they are."""
@@ -227,26 +185,14 @@ class QuantizeState(Wrapper):
 
     def _closed(self, seed: Any, inner: Any, layout: Layout, structure: Any, placed: bool = False) -> QuantizedState:
         """The state with every field coded; where `placed`, on the devices of what is coded."""
-        parts = layout.structure.flatten_up_to(inner)
-        codes: dict[str, Any] = {}
-        scales: dict[str, Any] = {}
-        for number, (place, field) in enumerate(layout.fields):
-            values = structure.flatten_up_to(parts[place])
-            own = self._seed(seed, number)
-            coded = [
-                (HOLE, HOLE)
-                if codec is None
-                else (value.codes, value.scales)
-                if isinstance(value, Coded)
-                else encoded(codec, value, own)
-                for codec, value in zip(field.codecs, values, strict=True)
-            ]
-            if placed:
-                coded = [_placed(value, *pair) for value, pair in zip(values, coded, strict=True)]
-            codes[field.name], scales[field.name] = (structure.unflatten([pair[i] for pair in coded]) for i in (0, 1))
-            kept = [value if codec is None else HOLE for codec, value in zip(field.codecs, values, strict=True)]
-            parts[place] = structure.unflatten(kept)
-        return QuantizedState(seed, codes, scales, layout.structure.unflatten(parts))
+
+        def encode(number: int, codec: Codec, value: Any) -> tuple[Any, Any]:
+            if isinstance(value, Coded):
+                return value.codes, value.scales
+            pair = encoded(codec, value, self._seed(seed, number))
+            return on_devices_of(value, *pair) if placed else pair
+
+        return QuantizedState(seed, *layout.closed(inner, structure, encode))
 
     def _seed(self, seed: Any, number: int) -> Any:
         """Of the bits that round one of the fields."""
@@ -263,6 +209,9 @@ class QuantizeState(Wrapper):
             return _layout.__wrapped__(self, structure, avals)
         return _layout(self, structure, avals)
 
+    def _layout_for(self, updates: Any, params: Any) -> Layout:
+        return self.layout(*jax.tree.flatten(updates if params is None else params))
+
     def fits(self, aval: trees.Aval) -> bool:
         """Whether an array of this shape and dtype can be coded."""
         shape, dtype = aval
@@ -272,129 +221,31 @@ class QuantizeState(Wrapper):
 
     def codec_of(self, path: str) -> Codec | None:
         """How a field is coded; None if it is kept."""
-        told = dict(self.fields)
-        kind = next((told[key] for key in _keys(path) if key in told), _KNOWN.get(_keys(path)[-1]))
+        given = dict(self.fields)
+        kind = next((given[key] for key in keys(path) if key in given), KNOWN.get(keys(path)[-1]))
         if kind is None:
             raise ValueError(
                 f"{self.name} does not know what the state field {path!r} of {self.tx!r} holds; say "
-                f"fields={{{_keys(path)[-1]!r}: …}} with one of {', '.join(map(repr, _KINDS))}"
+                f"fields={{{keys(path)[-1]!r}: …}} with one of {', '.join(map(repr, KINDS))}"
             )
         return None if kind == "kept" else dataclasses.replace(self.codec, signed=kind == "signed")
-
-
-def _keys(path: str) -> tuple[str, ...]:
-    """By what a field may be named, the most exact first: ``inner/mu_2``, ``mu_2``, ``mu``."""
-    name = path.rpartition("/")[2]
-    return path, name, re.sub(r"_\d+$", "", name)
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(body: QuantizeState, structure: Any, avals: tuple[trees.Aval, ...]) -> Layout:
-    shapes = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals])
-    state = jax.eval_shape(lambda params: body.tx.init(body.seen(params)), shapes)
-    nodes, whole = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: _alike(node, structure, avals))
-    fields: list[tuple[int, Field]] = []
-    for place, (path, node) in enumerate(nodes):
-        if _alike(node, structure, avals):
-            name = jax.tree_util.keystr(path, simple=True, separator="/") or "state"
-            parts = tuple(trees.aval(part) for part in structure.flatten_up_to(node))
-            fits = [body.fits(aval) for aval in parts]
-            codec = body.codec_of(name) if any(fits) else None
-            fields.append((place, Field(name, tuple(codec if fit else None for fit in fits), parts)))
-    names = [field.name for _, field in fields]
-    for told, _ in body.fields:
-        if not any(told in _keys(name) for name in names):
-            raise ValueError(f"fields names {told!r}, which is no field of the state of {body.tx!r}; it has {names}")
-    return Layout(whole, tuple(fields))
-
-
-def _alike(node: Any, structure: Any, avals: Iterable[trees.Aval]) -> bool:
-    """Whether a part of a state is a tree like the parameters: an array of its shape, or nothing, for each."""
-    if structure.num_leaves == 0:
-        return jax.tree.structure(node) == structure
-    try:
-        parts = structure.flatten_up_to(node)
-    except ValueError:
-        return False
-    holes = [isinstance(part, optax.MaskedNode) for part in parts]
-    found = [(trees.aval(part)[0], trees.trainable(trees.aval(part)[1])) for part in parts]
-    return not all(holes) and all(
-        hole or one == (shape, True) for hole, one, (shape, _) in zip(holes, found, avals, strict=True)
-    )
-
-
-def _opened(state: QuantizedState, layout: Layout, structure: Any, opened: Callable[..., Any]) -> Any:
-    """The inner state with `opened` of what is coded, after checking that it is for these parameters."""
-    names = sorted(field.name for _, field in layout.fields)
-    if sorted(state.codes) != names or sorted(state.scales) != names:
-        raise ValueError(f"state.codes has the fields {sorted(state.codes)}, here they are {names}; {_ANEW}")
-    try:
-        parts = layout.structure.flatten_up_to(state.inner)
-    except ValueError as error:
-        raise ValueError(f"state.inner is not of what is wrapped, or for other parameters; {_ANEW}") from error
-    for number, (place, field) in enumerate(layout.fields):
-        kept = column(f"state.inner.{field.name}", parts[place], structure)
-        codes = column(f"state.codes[{field.name!r}]", state.codes[field.name], structure)
-        scales = column(f"state.scales[{field.name!r}]", state.scales[field.name], structure)
-        for index, (codec, aval) in enumerate(zip(field.codecs, field.avals, strict=True)):
-            if codec is not None:
-                expected = coded_avals(codec, aval[0])
-                for kind, some, one in zip(("codes", "scales"), (codes, scales), expected, strict=True):
-                    if one is not None:
-                        name = f"state.{kind}[{field.name!r}]"
-                        trees.check_slot(name, some[index], one, structure, index, check_dtype=True)
-                kept[index] = opened(number, codec, aval, codes[index], scales[index])
-        parts[place] = structure.unflatten(kept)
-    return layout.structure.unflatten(parts)
 
 
 def _decoded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Array:
     return decoded(codec, aval, codes, scales)
 
 
-_ANEW = "call init(params) again"
+@functools.lru_cache(maxsize=256)
+def _layout(body: QuantizeState, structure: Any, avals: tuple[trees.Aval, ...]) -> Layout:
+    def codec(name: str, aval: trees.Aval) -> Codec | None:
+        return body.codec_of(name) if body.fits(aval) else None
 
-
-def _placed(value: Any, codes: Any, scales: Any) -> tuple[Any, Any]:
-    """Codes and scales on the devices of what they stand for, in the same parts where these are whole blocks."""
-    sharding = getattr(value, "sharding", None) if trees.concrete(value) else None
-    if isinstance(codes, optax.MaskedNode) or not isinstance(sharding, NamedSharding):
-        return codes, scales
-
-    def put(some: Any) -> Any:
-        if isinstance(some, optax.MaskedNode):
-            return some
-        try:
-            sharding.shard_shape(some.shape)
-        except ValueError:
-            return jax.device_put(some, NamedSharding(sharding.mesh, PartitionSpec()))
-        return jax.device_put(some, sharding)
-
-    return put(codes), put(scales)
-
-
-# One array
-
-
-def coded_avals(codec: Codec, shape: tuple[int, ...]) -> tuple[trees.Aval, trees.Aval | None]:
-    """Shape and dtype of the codes and the scales of an array; None if there are no scales."""
-    scales = None if codec.scale_dtype is None else (codec.scale_shape(shape), np.dtype(codec.scale_dtype))
-    return (codec.code_shape(shape), np.dtype(codec.code_dtype)), scales
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]:
-    """Codes, in the shape of the array, and scales; rounded at random where there is a seed."""
-    with jax.numpy_dtype_promotion("standard"):
-        value = cast(value, jnp.float32)
-        codes, scales = codec.encode(value, None if seed is None else own_bits(value, seed))
-        return codes, HOLE if scales is None else scales
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def decoded(codec: Codec, aval: trees.Aval, codes: Array, scales: Any) -> Array:
-    """The array of this shape and dtype that codes and scales stand for."""
-    shape, dtype = aval
-    with jax.numpy_dtype_promotion("standard"):
-        some = None if isinstance(scales, optax.MaskedNode) else scales
-        return cast(codec.decode(codes, some).reshape(shape), dtype)
+    shapes = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals])
+    state = jax.eval_shape(lambda params: body.tx.init(body.seen(params)), shapes)
+    layout = Layout.of(state, structure, avals, codec)
+    for name, _ in body.fields:
+        if not any(name in keys(path) for path in layout.names):
+            raise ValueError(
+                f"fields names {name!r}, which is no field of the state of {body.tx!r}; it has {layout.names}"
+            )
+    return layout
