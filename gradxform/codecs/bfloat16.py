@@ -26,7 +26,9 @@ class Bfloat16(Codec):
     def code_dtype(self) -> Any:
         return np.uint16
 
-    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
+    def to_codes(
+        self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None
+    ) -> tuple[Array, Array | None]:
         if not self.signed:
             x = jnp.where(x < 0, jnp.nan, x)
         bits_of = jax.lax.bitcast_convert_type(round_to(x, jnp.bfloat16, bits), np.uint32)

@@ -32,6 +32,8 @@ class Codec(abc.ABC):
     """How many numbers one element of the codes holds."""
     scale_dtype: ClassVar[Any] = np.float32
     """None if there are no scales."""
+    looked_up: ClassVar[bool] = False
+    """Whether decoding looks numbers up."""
 
     @property
     def code_dtype(self) -> Any:
@@ -58,12 +60,17 @@ class Codec(abc.ABC):
         Each number gets the nearest code, or with 32 random `bits` for each, one of the two beside it at random, the
         nearer one likelier in proportion.
         """
-        [largest] = [None] if self.scale_dtype is None else largest_of([self], [x])
-        return self.to_codes(x, largest, bits)
+        if self.scale_dtype is None:
+            return self.to_codes(x, None, bits, None)
+        [largest] = largest_of([self], [x])
+        blocks = None if bits is None else bits.reshape(*largest.shape, self.block)
+        return self.to_codes(x, largest, bits, None if blocks is None else blocks[..., 0] ^ blocks[..., -1])
 
     @abc.abstractmethod
-    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
-        """`encode`, given the largest magnitude of each block, NaN where it cannot be coded.
+    def to_codes(
+        self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None
+    ) -> tuple[Array, Array | None]:
+        """`encode`, given the largest magnitude of each block, NaN where it cannot be coded, and random bits for it.
 
         What is made of `largest` may meet what is made of `x`, such as |x|, but not `x` itself: XLA would not make `x`
         in the kernels that want it, but in one more, which writes it out.
@@ -108,6 +115,15 @@ def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array], after: Array | 
     numbers = jax.lax.bitcast_convert_type(patterns, np.float32)
     numbers = jnp.where(patterns >= _INFINITY, jnp.nan, numbers)
     return [numbers[..., place] for place in range(len(arrays))]
+
+
+def largest_of_written(codec: Codec, x: Array) -> Array:
+    """`largest_of` one array in blocks along its last axis, which XLA writes out before, where to make it is dear."""
+    highest, lowest, total = jnp.max(x, -1), jnp.min(x, -1), jnp.sum(x, -1)
+    largest = jnp.maximum(highest, -lowest) if codec.signed else highest
+    # the maximum of a long row is a number though one is NaN, on CPUs (JAX 0.10.2 to 0.12.0); the sum is not
+    wrong = jnp.isnan(total) | jnp.isinf(largest)
+    return jnp.where(wrong if codec.signed else wrong | (lowest < 0), jnp.nan, largest)[..., None]
 
 
 _INFINITY = np.float32(np.inf).view(np.uint32)

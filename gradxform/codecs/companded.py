@@ -32,33 +32,37 @@ class Companded8(Codec):
     def code_dtype(self) -> Any:
         return np.int8 if self.signed else np.uint8
 
-    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
+    def to_codes(
+        self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None
+    ) -> tuple[Array, Array | None]:
         assert largest is not None
         largest = largest if self.signed else jnp.sqrt(largest)
         coarse = largest < 2.0**-14  # below the normal numbers of float16: the next one up is its own unit
         upper = jnp.ceil(largest * 2.0**24) * 2.0**-24
         upper = jnp.where(largest > 0, jnp.maximum(upper, 2.0**-24), upper)
-        scales = jnp.where(coarse, upper, round_to(largest, np.float16, None if bits is None else self._drawn(bits)))
+        # to nearest, a scale sticks that shrinks by less than half of float16's step
+        scales = jnp.where(coarse, upper, round_to(largest, np.float16, block_bits))
         unit = jnp.where(coarse, upper, largest)
+        shares = self.spread(inverse(jnp.minimum(unit, 2.0**126)), x.shape)  # what is larger has no normal inverse
         if self.signed:
-            magnitudes = jnp.abs(x)
-            # y/(1 + |y|) for y = x/s
-            shares = magnitudes / (self.spread(jnp.where(unit > 0, unit, 1), x.shape) + magnitudes)
-            codes = whole(with_sign_of(x, shares * np.float32(254)), -127, 127, bits, np.int8)
+            shares *= jnp.abs(x)
+            codes = whole(with_sign_of(x, shares / (1 + shares) * np.float32(254)), -127, 127, bits, np.int8)
         else:
-            roots = jnp.sqrt(jnp.abs(x)) * self.spread(inverse(unit) * np.float32(255), x.shape)
-            codes = whole(roots, least(x), 255, bits, np.uint8)
+            codes = whole(jnp.sqrt(jnp.abs(x)) * shares * np.float32(255), least(x), 255, bits, np.uint8)
         return codes, scales.astype(np.float16)
-
-    def _drawn(self, bits: Array) -> Array:
-        """Bits for each scale: to nearest, one sticks that shrinks by less than half of float16's step."""
-        blocks = bits.reshape(*self.scale_shape(bits.shape), self.block)
-        return blocks[..., 0] ^ blocks[..., -1]
 
     def decode(self, codes: Array, scales: Array | None) -> Array:
         assert scales is not None
         numbers, scales = codes.astype(np.float32), self.spread(scales.astype(np.float32), codes.shape)
         if self.signed:
-            return numbers / (254 - jnp.abs(numbers)) * scales
+            return numbers * _inverse_up_to_254(254 - jnp.abs(numbers)) * scales
         roots = numbers * (scales * np.float32(1 / 255))
         return roots * roots
+
+
+def _inverse_up_to_254(x: Array) -> Array:
+    """One over x from 127 to 254, by Newton: a quotient XLA would write out."""
+    y = np.float32(48 / 17 / 254) - np.float32(32 / 17 / 254**2) * x
+    for _ in range(3):
+        y = y * (2 - x * y)
+    return y

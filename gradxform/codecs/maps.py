@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform.codecs.codec import Codec, inverse, least, with_sign_of
+from gradxform.codecs.codec import Codec, inverse, least
 from gradxform.numerics import Array, smallest_normal
 from gradxform.rounding import unit
 
@@ -18,6 +18,8 @@ from gradxform.rounding import unit
 @dataclasses.dataclass(frozen=True)
 class _Mapped(Codec):
     """x = map[q]·s with the map's entry nearest to x/s, the upper one of two."""
+
+    looked_up: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod
@@ -32,15 +34,15 @@ class _Mapped(Codec):
     def look_up(self, codes: Array) -> Array:
         """The number of each code."""
 
-    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
+    def to_codes(
+        self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None
+    ) -> tuple[Array, Array | None]:
         assert largest is not None
         numbers = self.map
         smallest = smallest_normal(np.float32) / (1.0 if self.signed else float(numbers[numbers > 0].min()))
         # the inverse of 2¹²⁶ is the smallest normal number; larger ones, of 3e38 at most, become this
         scales = jnp.where(largest == 0, 0, jnp.clip(largest, np.float32(smallest), np.float32(2.0**126)))
-        shares = jnp.abs(x) * self.spread(inverse(scales), x.shape)
-        if self.signed:
-            shares = with_sign_of(x, shares)
+        shares = x * self.spread(inverse(scales), x.shape)
         if bits is None:
             codes = self.count(shares, midpoints(numbers))
         else:
@@ -117,8 +119,10 @@ class Dynamic4(_Mapped):
             numbers = jnp.where(codes >= code, number, numbers)
         return numbers
 
-    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
-        codes, scales = super().to_codes(x, largest, bits)
+    def to_codes(
+        self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None
+    ) -> tuple[Array, Array | None]:
+        codes, scales = super().to_codes(x, largest, bits, block_bits)
         pairs = codes.reshape(*self.code_shape(x.shape), 2)
         return pairs[..., 0] << np.uint8(4) | pairs[..., 1], scales
 

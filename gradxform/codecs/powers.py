@@ -39,7 +39,9 @@ class _Powers(Codec):
             x = jnp.sqrt(x)
         return x
 
-    def to_codes(self, x: Array, largest: Array | None, bits: Array | None) -> tuple[Array, Array | None]:
+    def to_codes(
+        self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None
+    ) -> tuple[Array, Array | None]:
         assert largest is not None
         power = 2.0 ** (self.halvings + (not self.signed))
         # the power of the smallest step is a normal number, and of the largest code times the largest step a finite one

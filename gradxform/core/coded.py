@@ -18,11 +18,12 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gradxform import numerics, rounding
-from gradxform.codecs.codec import Codec, largest_of
+from gradxform.codecs.codec import Codec, largest_of, largest_of_written
 from gradxform.core import trees
 from gradxform.core.compiled import on_leaf
 from gradxform.core.leaves import HOLE
 from gradxform.core.rules import Array, Rule
+from gradxform.core.trees import varying_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,14 @@ def coded_update(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tupl
 @functools.lru_cache(maxsize=4096)
 def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Callable[..., Any]:
     coded = {place: codec for place, codec in enumerate(codecs) if codec is not None}
-    scaled = any(codec.scale_dtype is not None for codec in coded.values())
+    kinds = list(coded.values())
+    in_parts = not any(inner.whole for rule in rules for inner in rule.walk())
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def coded_leaf_update(how, final, dtype, scalars, own, update, slots, param, taken, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
-        with jax.numpy_dtype_promotion("standard"):
+        lands, on_cpu = how == "land", jax.default_backend() == "cpu"
+
+        def step(largest: Any, update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
             wide = tuple(
                 slot if codec is None else codec.decode(*slot).reshape(update.shape)
                 for codec, slot in zip(codecs, slots, strict=True)
@@ -75,20 +79,69 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
             result, new = on_leaf(rules)(how, final, dtype, scalars, own, update, wide, param, taken)
             kept = list(new)
             moments = [numerics.cast(new[place], jnp.float32) for place in coded]
-            after = result if jax.default_backend() == "cpu" else None
-            largest = largest_of([*coded.values()], moments, after) if scaled else [None] * len(coded)
-            for (place, codec), moment, highest in zip(coded.items(), moments, largest, strict=True):
-                bits = None if seeds[place] is None else rounding.own_bits(moment, seeds[place])
-                pair = codec.to_codes(moment, highest, bits)
+            for (place, codec), moment, highest in zip(coded.items(), moments, largest(moments, result), strict=True):
+                bits = [
+                    None if some is None or seeds[place] is None else rounding.own_bits(some, seeds[place])
+                    for some in (moment, highest)
+                ]
+                pair = codec.to_codes(moment, highest, *bits)
                 kept[place] = tuple(map(functools.partial(_taken, taken), pair, slots[place]))
             return result, tuple(kept)
+
+        def at_once(moments: list[Any], result: Any) -> list[Any]:
+            if any(codec.scale_dtype is None for codec in kinds):
+                return [None] * len(kinds)
+            # only once the parameters are there, so that codes can be written over the old ones
+            return largest_of(kinds, moments, after=result if lands and on_cpu else None)
+
+        def in_a_run(moments: list[Any], result: Any) -> list[Any]:
+            return list(map(largest_of_written, kinds, moments))
+
+        with jax.numpy_dtype_promotion("standard"):
+            one_cpu = on_cpu and jax.device_count() == 1 and not varying_over(update)
+            if one_cpu and in_parts and any(codec.looked_up for codec in kinds):
+                return _in_runs(functools.partial(step, in_a_run), kinds[0].block, lands, final, update, param, slots)
+            return step(at_once, update, param, slots)
 
     return coded_leaf_update
 
 
 def _taken(taken: Any, new: Any, old: Any) -> Any:
-    """The new array, the old one where the step is not taken."""
-    return new if taken is None or new is None else jnp.where(taken, new, old)
+    """The new array in the shape of the old one, which stays where the step is not taken."""
+    if new is None:
+        return None
+    return new.reshape(old.shape) if taken is None else jnp.where(taken, new.reshape(old.shape), old)
+
+
+def _in_runs(
+    step: Callable[..., tuple[Any, tuple[Any, ...]]],
+    block: int,
+    lands: bool,
+    final: Any,
+    update: Any,
+    param: Any,
+    slots: tuple[Any, ...],
+) -> tuple[Any, tuple[Any, ...]]:
+    """`step` on one run of blocks after the other: what is looked up, XLA writes out, but here no more than a run."""
+    rows = update.size // block
+    length = max(length for length in range(1, 513) if rows % length == 0)
+
+    def cut(x: Any, number: Any) -> Any:
+        return jax.lax.dynamic_slice_in_dim(x, number * length, length)
+
+    def body(number: Any, carry: tuple[Any, tuple[Any, ...]]) -> tuple[Any, tuple[Any, ...]]:
+        def put(whole: Any, part: Any) -> Any:
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, number * length, 0)
+
+        run = functools.partial(cut, number=number)
+        own = carry[0] if lands else in_rows[1]
+        part = step(run(in_rows[0]), None if own is None else run(own), jax.tree.map(run, carry[1]))
+        return jax.tree.map(put, carry, part)
+
+    in_rows = jax.tree.map(lambda x: x.reshape(rows, -1), (update, param, slots))
+    start = in_rows[1] if lands else jnp.zeros(in_rows[0].shape, final)
+    done = jax.lax.fori_loop(0, rows // length, body, (start, in_rows[2]))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), done, (update, slots))
 
 
 # A whole array, outside the kernels of a step
