@@ -90,15 +90,12 @@ def _parted(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // size) if shape and shape[-1] % size == 0 else (math.prod(shape) // size,)
 
 
-def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array], after: Array | None = None) -> list[Array]:
+def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array]) -> list[Array]:
     """Of arrays of one shape and codecs of one block the largest magnitude of each block, NaN where it can't be coded.
 
     All arrays are read in one pass: what they are made of comes from memory once. As bit patterns, which are in order
     where numbers are, so that infinity and NaN are largest. Any 32 or fewer at a time: of reductions of more, and of
     floats, XLA makes kernels of their own on CPUs and writes out what they read.
-
-    Where there is an array `after`, of that shape too, all of it is made before: what is coded can then be written over
-    the old codes, which `after` is made of. On CPUs XLA knows no other order among kernels, and would copy them.
     """
     [block] = {codec.block for codec in codecs}
     rows = codecs[0].scale_shape(arrays[0].shape)
@@ -106,12 +103,7 @@ def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array], after: Array | 
     highest = [_pattern(codec, x).reshape(*rows, *outer, inner) for codec, x in zip(codecs, arrays, strict=True)]
     for _ in outer:
         highest = [jnp.max(some, len(rows)) for some in highest]
-    stacked = jnp.stack(highest, len(rows))
-    if after is not None:
-        first = after.reshape(*rows, block)[..., :1, None]
-        never = (first != first) & (first == first)
-        stacked = jnp.where(never, 0, stacked)
-    patterns = jnp.max(stacked, -1)
+    patterns = jnp.max(jnp.stack(highest, len(rows)), -1)
     numbers = jax.lax.bitcast_convert_type(patterns, np.float32)
     numbers = jnp.where(patterns >= _INFINITY, jnp.nan, numbers)
     return [numbers[..., place] for place in range(len(arrays))]

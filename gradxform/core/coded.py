@@ -69,9 +69,10 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def coded_leaf_update(how, final, dtype, scalars, own, update, slots, param, taken, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
-        lands, on_cpu = how == "land", jax.default_backend() == "cpu"
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not varying_over(update)
+        lands, in_runs = how == "land", one_cpu and in_parts and any(codec.looked_up for codec in kinds)
 
-        def step(largest: Any, update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        def step(update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
             wide = tuple(
                 slot if codec is None else codec.decode(*slot).reshape(update.shape)
                 for codec, slot in zip(codecs, slots, strict=True)
@@ -79,31 +80,37 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
             result, new = on_leaf(rules)(how, final, dtype, scalars, own, update, wide, param, taken)
             kept = list(new)
             moments = [numerics.cast(new[place], jnp.float32) for place in coded]
-            for (place, codec), moment, highest in zip(coded.items(), moments, largest(moments, result), strict=True):
+            for (place, codec), moment, largest in zip(coded.items(), moments, largest_of_all(moments), strict=True):
                 bits = [
                     None if some is None or seeds[place] is None else rounding.own_bits(some, seeds[place])
-                    for some in (moment, highest)
+                    for some in (moment, largest)
                 ]
-                pair = codec.to_codes(moment, highest, *bits)
-                kept[place] = tuple(map(functools.partial(_taken, taken), pair, slots[place]))
+                codes, scales = codec.to_codes(moment, largest, *bits)
+                codes = _after(result, codes) if lands and one_cpu and not in_runs else codes
+                kept[place] = tuple(map(functools.partial(_taken, taken), (codes, scales), slots[place]))
             return result, tuple(kept)
 
-        def at_once(moments: list[Any], result: Any) -> list[Any]:
-            if any(codec.scale_dtype is None for codec in kinds):
-                return [None] * len(kinds)
-            # only once the parameters are there, so that codes can be written over the old ones
-            return largest_of(kinds, moments, after=result if lands and on_cpu else None)
-
-        def in_a_run(moments: list[Any], result: Any) -> list[Any]:
-            return list(map(largest_of_written, kinds, moments))
+        def largest_of_all(moments: list[Any]) -> list[Any]:
+            if in_runs:
+                return list(map(largest_of_written, kinds, moments))
+            return largest_of(kinds, moments) if kinds[0].scale_dtype is not None else [None] * len(kinds)
 
         with jax.numpy_dtype_promotion("standard"):
-            one_cpu = on_cpu and jax.device_count() == 1 and not varying_over(update)
-            if one_cpu and in_parts and any(codec.looked_up for codec in kinds):
-                return _in_runs(functools.partial(step, in_a_run), kinds[0].block, lands, final, update, param, slots)
-            return step(at_once, update, param, slots)
+            if in_runs:
+                return _in_runs(step, kinds[0].block, lands, final, update, param, slots)
+            return step(update, param, slots)
 
     return coded_leaf_update
+
+
+def _after(result: Any, codes: Any) -> Any:
+    """The codes as they are, but XLA, which knows no other order among kernels on CPUs, makes them after `result`.
+
+    That is made of the old codes, which so may be overwritten, where else they would be copied first.
+    """
+    first = result[(0,) * result.ndim]
+    never = (first != first) & (first == first)
+    return jnp.where(never, jnp.zeros((), codes.dtype), codes)
 
 
 def _taken(taken: Any, new: Any, old: Any) -> Any:
