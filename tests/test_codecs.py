@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradxform.codecs import CODECS
+from gradxform.codecs import CODECS, Linear8
+from gradxform.codecs.codec import largest_of
 from gradxform.codecs.maps import dynamic_map, midpoints
 from gradxform.rounding import random_bits, seed_for
 
@@ -182,6 +183,41 @@ def test_a_second_moment_sticks_to_its_code_unless_it_is_rounded_at_random():
         assert nearest.min() > 1.6  # 0.999⁻⁵⁰⁰: all of them stood still
         # 500 roundings of about a 250th of a root each, by chance one way or the other
         assert abs(jnp.mean(jnp.log(decayed(True) / right))) < 0.03
+
+
+@pytest.mark.parametrize("size", [1, 2, 32, 37, 64, 96, 100, 256, 2048, 5000])
+def test_the_largest_of_blocks_of_any_size(size):
+    class Other(Linear8):
+        block = size
+
+    x = RANDOM.normal(size=(2, 3 * size)).astype(np.float32)
+    signed, positive = np.asarray(largest_of([Other(True), Other(False)], [jnp.asarray(x), jnp.asarray(x * x)]))
+    np.testing.assert_array_equal(signed, np.abs(x).reshape(2, 3, size).max(-1))
+    np.testing.assert_array_equal(positive, (x * x).reshape(2, 3, size).max(-1))
+    for wrong in (np.nan, -np.nan, np.inf, -np.inf):
+        spoilt = x.copy()
+        spoilt[1, size] = wrong
+        for codec in (Other(True), Other(False)):
+            [found] = largest_of([codec], [jnp.asarray(spoilt if codec.signed else spoilt * spoilt)])
+            assert np.isnan(found).tolist() == [[False] * 3, [False, True, False]]
+    zeros = np.where(x < 0, np.float32(-0.0), np.float32(0.0))
+    for codec in (Other(True), Other(False)):
+        np.testing.assert_array_equal(largest_of([codec], [jnp.asarray(zeros)])[0], np.zeros((2, 3)))
+
+
+def test_codes_and_scales_of_arrays_of_any_shape():
+    flat = RANDOM.normal(size=3 * 1024).astype(np.float32)
+    for name, kind in CODECS.items():
+        codec = kind()
+        expected = np.asarray(there_and_back(codec, jnp.asarray(flat), None))
+        # the last axis a whole number of blocks, or not, or of odd length
+        for shape in ((3, 1024), (3, 4, 256), (24, 128), (1024, 3), (2, 1536, 1)):
+            x = jnp.asarray(flat.reshape(shape))
+            codes, scales = codec.encode(x)
+            assert codes.shape == codec.code_shape(shape), name
+            assert scales is None or scales.shape == codec.scale_shape(shape), name
+            decoded = np.asarray(codec.decode(codes, scales)).reshape(-1)
+            np.testing.assert_allclose(decoded, expected, rtol=1e-6)  # compiled as one, or not
 
 
 def test_the_dynamic_maps():

@@ -155,7 +155,7 @@ class QuantizeState(Wrapper):
     def _run(
         self, inner_step: Callable[..., Any], updates: Any, state: Any, params: Any, call: Call, taken: Any = None
     ) -> tuple[Any, Any, Report]:
-        """What the wrapped transformation does in `inner_step`, on a state that is decoded, or is block by block."""
+        """What the wrapped transformation does in `inner_step`, on a state that is decoded, or is in its kernels."""
         check_state_type(self.name, state, QuantizedState)
         leaves = Leaves.of(updates, params)
         structure = leaves.structure
