@@ -75,10 +75,10 @@ def zero_if_finite(x: Array) -> Array:
 
 def lerp(old: Array, new: Array, weight: Any) -> Array:
     """old + weight·(new − old), from whichever end is nearer: exact where old = new and for weights 0 and 1."""
-    near_old, near_new = old + weight * (new - old), new - (1 - weight) * (new - old)
+    way = new - old
     if isinstance(weight, float):
-        return near_old if weight <= 0.5 else near_new
-    return jnp.where(weight <= 0.5, near_old, near_new)
+        return old + weight * way if weight <= 0.5 else new - (1 - weight) * way
+    return jnp.where(weight <= 0.5, old + weight * way, new - (1 - weight) * way)
 
 
 def is_constant(number: Any, value: float) -> bool:
@@ -89,6 +89,11 @@ def is_constant(number: Any, value: float) -> bool:
 def plus(number: Any, x: Array) -> Array:
     """number + x, and `x` itself where that is a constant 0: what is never traced is never compiled."""
     return x if is_constant(number, 0.0) else number + x
+
+
+def times(number: Any, x: Array) -> Array:
+    """number · x, and `x` itself where that is a constant 1."""
+    return x if is_constant(number, 1.0) else number * x
 
 
 def abs_squared(x: Array) -> Array:

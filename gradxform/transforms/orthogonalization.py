@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from gradxform.core.hyperparameters import Numeric, Option, non_negative
 from gradxform.core.layouts import layout_of
 from gradxform.core.lift import lift
 from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import cast, smallest_normal
+from gradxform.numerics import cast, smallest_normal, times
 
 Polynomial: TypeAlias = tuple[float, float, float]
 """a, b, c of p(σ) = a·σ + b·σ³ + c·σ⁵."""
@@ -139,63 +140,66 @@ def _polar_factor(matrix: Array, eps: Any, polynomials: Sequence[Polynomial], gr
     short = matrix if rows <= columns else matrix.T
     unit = cast(_unit(short, eps), dtype or matrix.dtype)
     iterate = _by_gram if gram and 2 * max(rows, columns) >= 3 * min(rows, columns) else _by_steps
-    result = iterate(unit, jnp.asarray(polynomials, jnp.promote_types(unit.dtype, np.float32)))
+    result = iterate(unit, polynomials)
     return (result if rows <= columns else result.T).astype(matrix.dtype)
 
 
 def _unit(x: Array, eps: Any) -> Array:
     """x/(‖x‖ + ε), for x of any size; 0/0 is 0."""
-    largest = jnp.max(jnp.abs(x))
-    largest = jnp.where(largest < smallest_normal(x.dtype), 1, largest)  # NaN and infinity stay
+    tiny = smallest_normal(x.dtype)
+    largest = jnp.max(jnp.abs(x), initial=tiny)
     x = x / largest
-    size = jnp.sqrt(jnp.sum(jnp.square(x))) + eps / largest
-    return x / jnp.where(size == 0, 1, size)
+    return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x))) + eps / largest, tiny)
 
 
-def _by_steps(x: Array, polynomials: Array) -> Array:
-    def one(x: Array, polynomial: Array) -> tuple[Array, None]:
-        a, b, c = polynomial
+def _by_steps(x: Array, polynomials: Sequence[Polynomial]) -> Array:
+    def one(x: Array, a: Any, b: Any, c: Any) -> Array:
         square = _product(x, x.T)
-        return _sum((a, x), (1, _product(_sum((b, square), (c, _product(square, square))), x))), None
+        return _sum((a, x), (1.0, _product(_sum((b, square), (c, _product(square, square))), x)))
 
-    return jax.lax.scan(one, x, polynomials)[0]
+    return _in_turn(one, x, polynomials)
 
 
-def _by_gram(x: Array, polynomials: Array) -> Array:
+def _in_turn(function: Callable[..., Array], x: Array, polynomials: Sequence[Polynomial]) -> Array:
+    """A function of x and one polynomial after the other: constants where they are all the same."""
+    first, *others = polynomials
+    if all(other == first for other in others):
+        return jax.lax.fori_loop(0, len(polynomials), lambda _, x: function(x, *first), x)
+    table = jnp.asarray(polynomials, jnp.promote_types(x.dtype, np.float32))
+    return jax.lax.scan(lambda x, polynomial: (function(x, *polynomial), None), x, table)[0]
+
+
+def _by_gram(x: Array, polynomials: Sequence[Polynomial]) -> Array:
     """The same, as X ← Q·X after two steps and every three from then on: Q and X·Xᵀ are followed in between.
 
     What was rounded off X·Xᵀ grows with it, from step to step, where X has no such singular value.
     """
-    last = len(polynomials)
-    ends = [*range(2, last, 3), last]
-    parts = list(zip([0, *ends], ends, strict=False))
     eye = jnp.eye(len(x), dtype=x.dtype)
 
-    def factor_of(square: Array, polynomial: Array) -> Array:
-        a, b, c = polynomial
+    def factor_of(square: Array, a: Any, b: Any, c: Any) -> Array:
         return _sum((a, eye), (b, square), (c, _product(square, square)))
 
-    def one(step: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        square, factor, product = carry
-        square = _product(factor, _product(square, factor))
-        factor = factor_of(square, polynomials[step])
-        return square, factor, _product(product, factor)
-
-    def part(x: Array, bounds: Array) -> tuple[Array, None]:
+    def part(x: Array, polynomials: Sequence[Polynomial]) -> Array:
         square = _product(x, x.T)
-        factor = factor_of(square, polynomials[bounds[0]])
-        return _product(jax.lax.fori_loop(bounds[0] + 1, bounds[1], one, (square, factor, factor))[2], x), None
+        product = factor = factor_of(square, *polynomials[0])
+        for polynomial in polynomials[1:]:
+            square = _product(factor, _product(square, factor))
+            factor = factor_of(square, *polynomial)
+            product = _product(product, factor)
+        return _product(product, x)
 
-    return jax.lax.scan(part, x, jnp.asarray(parts, np.int32))[0]
+    for start, end in itertools.pairwise([0, *range(2, len(polynomials), 3), len(polynomials)]):
+        x = part(x, polynomials[start:end])
+    return x
 
 
 def _product(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.dot(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _sum(*terms: tuple[Any, Array]) -> Array:
     """a·x + b·y + … in at least float32, rounded once."""
-    wide = [a * x.astype(jnp.promote_types(x.dtype, np.float32)) for a, x in terms]
+    wide = [times(a, x.astype(jnp.promote_types(x.dtype, np.float32))) for a, x in terms]
     return functools.reduce(jnp.add, wide).astype(terms[0][1].dtype)
 
 

@@ -7,6 +7,7 @@ from gradxform.core.hyperparameters import Numeric, non_negative
 from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
 from gradxform.core.rules import Array, Slots, Step, no_slots
+from gradxform.numerics import is_constant
 
 
 def add_decoupled_weight_decay(weight_decay: Numeric = 1e-4, mask: MaskLike | None = None) -> Transformation:
@@ -77,4 +78,5 @@ def add_l2_regularization(weight_decay: Numeric = 1e-4, mask: MaskLike | None = 
 
 
 def _add(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    return update + step.weight_decay * param, state
+    decay = step.weight_decay
+    return (update if is_constant(decay, 0.0) else update + decay * param), state
