@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,6 +14,7 @@ import report
 from cases import STEP, Case, in_step, label
 from libraries import ADAMW, OPTAX_ADAMW, OUR_ADAMW, Contender, outsiders
 from measure import measure_all
+from results import new_file
 
 Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """p, m and v of a leaf."""
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--size", metavar="N", type=int, default=1 << 24, help="elements of the leaf, a power of two")
     parser.add_argument("--rounds", metavar="N", type=int, default=9)
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table")
+    parser.add_argument("--markdown", metavar="FILE", type=new_file, help="write the table")
     options = parser.parse_args(arguments)
     run = min(1 << 18, options.size)
     forms: dict[str, Form] = {

@@ -43,6 +43,13 @@ class Saved:
     results: list[Result]
 
 
+def new_file(name: str) -> Path:
+    """An argument that names a file to write; its folder is made before anything is measured."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def save(path: Path, facts: dict[str, str], results: Sequence[Result]) -> None:
     """Write a run as JSON."""
     saved = {"facts": facts, "results": [dataclasses.asdict(result) for result in results]}

@@ -18,7 +18,7 @@ import compare
 import report
 from cases import QUICK, Case, Sizes, cases, with_rounds
 from measure import measure_all, peak
-from results import Saved, load, save
+from results import Saved, load, new_file, save
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,8 +63,8 @@ def choose(options: argparse.Namespace) -> list[Case]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
-        description="Compare gradxform with optax, torch and a loop in C. The full run takes about a quarter of an "
-        "hour on 2 CPUs, and 10 GB of memory."
+        description="Compare gradxform with optax, torch and a loop in C. The full run takes about twenty "
+        "minutes on 2 CPUs, and 10 GB of memory."
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: does it run?")
     parser.add_argument(
@@ -75,9 +75,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", metavar="N", type=int, help="elements of the one large leaf, by default 64 M")
     parser.add_argument("--rounds", metavar="N", type=int, help="rounds of the compiled steps, by default 5 to 11")
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="write a bar chart of the ratios as PNG")
-    parser.add_argument("--save", metavar="FILE", type=Path, help="write all figures as JSON, for compare.py")
+    parser.add_argument("--markdown", metavar="FILE", type=new_file, help="write the tables as Markdown")
+    parser.add_argument("--picture", metavar="FILE", type=new_file, help="write a bar chart of the ratios as PNG")
+    parser.add_argument("--save", metavar="FILE", type=new_file, help="write all figures as JSON, for compare.py")
     parser.add_argument("--against", metavar="FILE", type=Path, help="say what changed since the run saved there")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # for `measure.peak_in_fresh_process`
     return parser.parse_args(arguments)

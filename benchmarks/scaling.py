@@ -10,7 +10,7 @@ import numpy as np
 from cases import BUILD, STEP, Case
 from libraries import OPTAX_ADAMW, OPTAX_CLIPPED, OUR_ADAMW, OUR_CLIPPED, Contender
 from measure import measure_all
-from results import Result
+from results import Result, new_file
 from rich.console import Console
 from workloads import Shapes, small_leaves
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--leaves", metavar="N", type=int, default=3000, help="the most leaves; 1000 take half the time"
     )
     parser.add_argument("--rounds", metavar="N", type=int, default=9, help="rounds of the compiled steps")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="write the curves as PNG")
+    parser.add_argument("--picture", metavar="FILE", type=new_file, help="write the curves as PNG")
     options = parser.parse_args(arguments)
     counts, sizes = (QUICK_COUNTS, QUICK_SIZES) if options.quick else (COUNTS, SIZES)
     counts = tuple(count for count in counts if count <= options.leaves)

@@ -37,7 +37,7 @@ def run(program: str, *arguments: str | pathlib.Path) -> subprocess.CompletedPro
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     """What a run of three cases wrote."""
-    folder = tmp_path_factory.mktemp("benchmarks")
+    folder = tmp_path_factory.mktemp("benchmarks") / "new"
     files = ("--markdown", folder / "run.md", "--picture", folder / "run.png", "--save", folder / "run.json")
     done = run("run.py", "--quick", "--only", "^AdamW, one leaf|^global norm.*/build|^un-jitted", *files)
     assert done.returncode == 0, done.stderr
