@@ -118,6 +118,7 @@ def cases(sizes: Sizes) -> list[Case]:
                 (OPTAX_ADAMW, OUR_ADAMW),
                 (Goal(STEP, 1.0), *exact()),
                 outsiders(),
+                rounds=21,
             ),
             Case(
                 f"clip + AdamW, {where}",
@@ -255,7 +256,7 @@ def dispatch(shapes: Shapes) -> Case:
     flat = Contender("gradxform, all flat", OUR_ADAMW.make, flat=True)
     goals = (Goal(STEP, 1.0), Goal(STEP, 0.65, packed.name), Goal(STEP, 0.12, flat.name))
     name = f"AdamW, {len(shapes)} leaves of 1 k"
-    return Case(name, shapes, (OPTAX_ADAMW, OUR_ADAMW, packed, flat), goals, outsiders())
+    return Case(name, shapes, (OPTAX_ADAMW, OUR_ADAMW, packed, flat), goals, outsiders(), rounds=21)
 
 
 def muon(count: int, rows: int, columns: int, last: bool) -> Case:

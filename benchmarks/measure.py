@@ -34,8 +34,8 @@ Tick: TypeAlias = Callable[[str], None]
 """Called before each measurement with what it is, for the progress bar."""
 
 
-SITTINGS = 3
-"""Where arrays happen to lie shows in the times of small ones: they are made anew so often in the rounds of a step."""
+SITTINGS = 7
+"""Where arrays happen to lie in memory shows in times: they are made anew so often in the rounds of a step."""
 
 
 def measure_all(cases: Sequence[Case], console: Console, peaks: Sequence[str] | None = None) -> list[Result]:

@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a regular expression for WORK/FIGURE; one that matches nothing lists the names",
     )
     parser.add_argument("--size", metavar="N", type=int, help="elements of the one large leaf, by default 64 M")
-    parser.add_argument("--rounds", metavar="N", type=int, help="rounds of the compiled steps, by default 5 to 11")
+    parser.add_argument("--rounds", metavar="N", type=int, help="rounds of the compiled steps, by default 5 to 21")
     parser.add_argument("--markdown", metavar="FILE", type=new_file, help="write the tables as Markdown")
     parser.add_argument("--picture", metavar="FILE", type=new_file, help="write a bar chart of the ratios as PNG")
     parser.add_argument("--save", metavar="FILE", type=new_file, help="write all figures as JSON, for compare.py")
