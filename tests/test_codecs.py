@@ -10,15 +10,24 @@ import numpy as np
 import pytest
 
 from gradxform.codecs import CODECS, Linear8
-from gradxform.codecs.codec import largest_of
+from gradxform.codecs.codec import largest_of, largest_of_written
 from gradxform.codecs.maps import dynamic_map, midpoints
-from gradxform.rounding import random_bits, seed_for
+from gradxform.rounding import mix, random_bits, seed_for
 
 pytestmark = pytest.mark.once
 
 every_codec = pytest.mark.parametrize("codec", [codec(signed) for codec in CODECS.values() for signed in (True, False)])
 RANDOM = np.random.default_rng(0)
-there_and_back = jax.jit(lambda codec, blocks, bits: codec.decode(*codec.encode(blocks, bits)), static_argnums=0)
+
+
+def drawn(bits):
+    """These bits for the numbers, and others made of them for the scales."""
+    if bits is None:
+        return None
+    return lambda some: bits if some.shape == bits.shape else mix(bits.ravel()[: some.size]).reshape(some.shape)
+
+
+there_and_back = jax.jit(lambda codec, x, bits: codec.decode(*codec.encode(x, drawn(bits))), static_argnums=0)
 
 
 def through(codec, blocks, bits=None):
@@ -173,7 +182,7 @@ def test_a_second_moment_sticks_to_its_code_unless_it_is_rounded_at_random():
             def step(v, i):
                 bits = random_bits(seed_for(jnp.uint32(0), i), v.shape) if rounding else None
                 # the largest does not shrink, as in a block where one gradient stays large
-                v = codec.decode(*codec.encode((0.999 * v).at[:, -1].set(1.0), bits))
+                v = codec.decode(*codec.encode((0.999 * v).at[:, -1].set(1.0), drawn(bits)))
                 return v, None
 
             return jax.lax.scan(step, start, jnp.arange(500))[0][0, :-1]
@@ -206,18 +215,29 @@ def test_the_largest_of_blocks_of_any_size(size):
 
 
 def test_codes_and_scales_of_arrays_of_any_shape():
-    flat = RANDOM.normal(size=3 * 1024).astype(np.float32)
-    for name, kind in CODECS.items():
-        codec = kind()
-        expected = np.asarray(there_and_back(codec, jnp.asarray(flat), None))
+    numbers = np.random.default_rng(1).normal(size=3 * 1024).astype(np.float32)
+    both = jax.jit(lambda codec, x: codec.encode(x), static_argnums=0)
+    for codec in (kind(signed) for kind in CODECS.values() for signed in (True, False)):
+        flat = numbers if codec.signed else numbers * numbers
+        expected = np.asarray(codec.decode(*both(codec, jnp.asarray(flat))))
         # the last axis a whole number of blocks, or not, or of odd length
         for shape in ((3, 1024), (3, 4, 256), (24, 128), (1024, 3), (2, 1536, 1)):
-            x = jnp.asarray(flat.reshape(shape))
-            codes, scales = codec.encode(x)
-            assert codes.shape == codec.code_shape(shape), name
-            assert scales is None or scales.shape == codec.scale_shape(shape), name
+            codes, scales = both(codec, jnp.asarray(flat.reshape(shape)))
+            assert codes.shape == codec.code_shape(shape), codec
+            assert scales is None or scales.shape == codec.scale_shape(shape), codec
             decoded = np.asarray(codec.decode(codes, scales)).reshape(-1)
-            np.testing.assert_allclose(decoded, expected, rtol=1e-6)  # compiled as one, or not
+            np.testing.assert_allclose(decoded, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CODECS.values() if kind.scale_dtype is not None])
+def test_the_largest_of_what_lies_in_memory_is_the_same(kind):
+    for codec in (kind(True), kind(False)):
+        x = example(codec)
+        x[1] = 3e38 if not codec.signed else np.where(np.arange(codec.block) % 2, 3e38, -3e38)  # of no sum
+        x[2, 1], x[3, 2], x[4] = np.nan, np.inf, 0
+        np.testing.assert_array_equal(
+            largest_of_written(codec, jnp.asarray(x)), largest_of([codec], [jnp.asarray(x)])[0]
+        )
 
 
 def test_the_dynamic_maps():

@@ -24,7 +24,7 @@ class Bfloat16(Codec):
 
     @property
     def code_dtype(self) -> Any:
-        return np.uint16
+        return np.uint16  # a bfloat16 that a loop carries XLA widens on CPUs, and copies
 
     def to_codes(
         self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None

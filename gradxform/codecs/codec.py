@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform.numerics import Array
+from gradxform.numerics import Array, zero_if_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +54,19 @@ class Codec(abc.ABC):
         """The shape of the scales of an array of this shape: one per block."""
         return _parted(shape, self.block)
 
-    def encode(self, x: Array, bits: Array | None = None) -> tuple[Array, Array | None]:
+    def encode(
+        self, x: Array, bits_of: Callable[[Array], Array] | None = None, largest: Array | None = None
+    ) -> tuple[Array, Array | None]:
         """Codes and scales of a float32 `x` of a whole number of blocks.
 
-        Each number gets the nearest code, or with 32 random `bits` for each, one of the two beside it at random, the
-        nearer one likelier in proportion.
+        Each number gets the nearest code, or with ``bits_of(array)``, 32 random bits for each number of an array, one
+        of the two beside it at random, the nearer one likelier in proportion. `largest` is that of each block, where
+        `largest_of` has been asked already.
         """
-        if self.scale_dtype is None:
-            return self.to_codes(x, None, bits, None)
-        [largest] = largest_of([self], [x])
-        blocks = None if bits is None else bits.reshape(*largest.shape, self.block)
-        return self.to_codes(x, largest, bits, None if blocks is None else blocks[..., 0] ^ blocks[..., -1])
+        if largest is None and self.scale_dtype is not None:
+            [largest] = largest_of([self], [x])
+        bits = [None if some is None or bits_of is None else bits_of(some) for some in (x, largest)]
+        return self.to_codes(x, largest, *bits)
 
     @abc.abstractmethod
     def to_codes(
@@ -72,8 +74,8 @@ class Codec(abc.ABC):
     ) -> tuple[Array, Array | None]:
         """`encode`, given the largest magnitude of each block, NaN where it cannot be coded, and random bits for it.
 
-        What is made of `largest` may meet what is made of `x`, such as |x|, but not `x` itself: XLA would not make `x`
-        in the kernels that want it, but in one more, which writes it out.
+        What is made of `largest` may meet what is made of `x`, such as |x|, but not `x` itself, unless the codec is
+        `looked_up`: XLA would not make `x` in the kernels that want it, but in one more, which writes it out.
         """
 
     @abc.abstractmethod
@@ -93,9 +95,9 @@ def _parted(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array]) -> list[Array]:
     """Of arrays of one shape and codecs of one block the largest magnitude of each block, NaN where it can't be coded.
 
-    All arrays are read in one pass: what they are made of comes from memory once. As bit patterns, which are in order
-    where numbers are, so that infinity and NaN are largest. Any 32 or fewer at a time: of reductions of more, and of
-    floats, XLA makes kernels of their own on CPUs and writes out what they read.
+    All arrays are read in one pass: what they are made of comes from memory once. Bit patterns are compared, which are
+    in order where numbers are, so that infinity and NaN are largest, and 32 at a time or fewer: XLA on CPUs gives
+    longer reductions, and those of floats, a kernel of their own, and writes out what it reads.
     """
     [block] = {codec.block for codec in codecs}
     rows = codecs[0].scale_shape(arrays[0].shape)
@@ -110,11 +112,11 @@ def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array]) -> list[Array]:
 
 
 def largest_of_written(codec: Codec, x: Array) -> Array:
-    """`largest_of` one array in blocks along its last axis, which XLA writes out before, where to make it is dear."""
-    highest, lowest, total = jnp.max(x, -1), jnp.min(x, -1), jnp.sum(x, -1)
+    """`largest_of` one array in blocks along its last axis that lies in memory, as what was dear to make does."""
+    highest, lowest = jnp.max(x, -1), jnp.min(x, -1)
     largest = jnp.maximum(highest, -lowest) if codec.signed else highest
     # the maximum of a long row is a number though one is NaN, on CPUs (JAX 0.10.2 to 0.12.0); the sum is not
-    wrong = jnp.isnan(total) | jnp.isinf(largest)
+    wrong = jnp.isnan(jnp.sum(zero_if_finite(x), -1))
     return jnp.where(wrong if codec.signed else wrong | (lowest < 0), jnp.nan, largest)[..., None]
 
 

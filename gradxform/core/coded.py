@@ -1,7 +1,8 @@
 """Rules on a leaf whose moments are kept as codes: decode, step and encode in the kernels of one step.
 
-Decoded moments are never written. On a CPU each of three kernels makes them anew, which costs less than to store them:
-the largest of each block, the update, and the codes in place of the old ones.
+Decoded moments are not written. On a CPU each of three kernels makes them anew, which costs less than to store them:
+the largest of each block, the update, and the codes in place of the old ones. Where decoding looks numbers up, which no
+kernel repeats, the step goes over one run of blocks after the other.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def coded_leaf_update(how, final, dtype, scalars, own, update, slots, param, taken, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not varying_over(update)
-        lands, in_runs = how == "land", one_cpu and in_parts and any(codec.looked_up for codec in kinds)
+        length = _run_length(update.size // kinds[0].block)
+        alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
+        in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in kinds)
+        lands = how == "land"
 
         def step(update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
             wide = tuple(
@@ -81,11 +85,7 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
             kept = list(new)
             moments = [numerics.cast(new[place], jnp.float32) for place in coded]
             for (place, codec), moment, largest in zip(coded.items(), moments, largest_of_all(moments), strict=True):
-                bits = [
-                    None if some is None or seeds[place] is None else rounding.own_bits(some, seeds[place])
-                    for some in (moment, largest)
-                ]
-                codes, scales = codec.to_codes(moment, largest, *bits)
+                codes, scales = codec.encode(moment, _bits(seeds[place]), largest)
                 codes = _after(result, codes) if lands and one_cpu and not in_runs else codes
                 kept[place] = tuple(map(functools.partial(_taken, taken), (codes, scales), slots[place]))
             return result, tuple(kept)
@@ -97,16 +97,21 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
 
         with jax.numpy_dtype_promotion("standard"):
             if in_runs:
-                return _in_runs(step, kinds[0].block, lands, final, update, param, slots)
+                return _in_runs(step, length, kinds[0].block, lands, final, update, param, slots)
             return step(update, param, slots)
 
     return coded_leaf_update
 
 
-def _after(result: Any, codes: Any) -> Any:
-    """The codes as they are, but XLA, which knows no other order among kernels on CPUs, makes them after `result`.
+def _bits(seed: Any) -> Callable[[Array], Array] | None:
+    """What rounds numbers at random: bits of their own; None without a seed."""
+    return None if seed is None else functools.partial(rounding.own_bits, seed=seed)
 
-    That is made of the old codes, which so may be overwritten, where else they would be copied first.
+
+def _after(result: Any, codes: Any) -> Any:
+    """The codes as they are, but dependent on `result`, so that XLA makes them after it.
+
+    It is made of the old codes, which may then be overwritten; without an order they would be copied first.
     """
     first = result[(0,) * result.ndim]
     never = (first != first) & (first == first)
@@ -120,8 +125,14 @@ def _taken(taken: Any, new: Any, old: Any) -> Any:
     return new.reshape(old.shape) if taken is None else jnp.where(taken, new.reshape(old.shape), old)
 
 
+def _run_length(rows: int) -> int:
+    """How many blocks make up a run: a divisor of all, large enough to be worth it; 0 if there is none."""
+    return max((length for length in range(64, 513) if rows % length == 0), default=0)
+
+
 def _in_runs(
     step: Callable[..., tuple[Any, tuple[Any, ...]]],
+    length: int,
     block: int,
     lands: bool,
     final: Any,
@@ -131,7 +142,6 @@ def _in_runs(
 ) -> tuple[Any, tuple[Any, ...]]:
     """`step` on one run of blocks after the other: what is looked up, XLA writes out, but here no more than a run."""
     rows = update.size // block
-    length = max(length for length in range(1, 513) if rows % length == 0)
 
     def cut(x: Any, number: Any) -> Any:
         return jax.lax.dynamic_slice_in_dim(x, number * length, length)
@@ -165,7 +175,7 @@ def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]
     """Codes, in the shape of the array, and scales; rounded at random where there is a seed."""
     with jax.numpy_dtype_promotion("standard"):
         value = numerics.cast(value, jnp.float32)
-        codes, scales = codec.encode(value, None if seed is None else rounding.own_bits(value, seed))
+        codes, scales = codec.encode(value, _bits(seed))
         return codes, HOLE if scales is None else scales
 
 

@@ -172,8 +172,8 @@ def gathered(rule: Rule) -> Callable[..., tuple[Scalars, dict[str, jax.Array], R
 
 @jax.jit
 def increment(count: jax.Array) -> jax.Array:
-    """One more, but never more than an int32 holds."""
-    return jax.lax.min(count, np.int32(np.iinfo(np.int32).max - 1)) + 1
+    """One more, but never more than its dtype holds."""
+    return jax.lax.min(count, np.asarray(np.iinfo(count.dtype).max - 1, count.dtype)) + 1
 
 
 @jax.jit
