@@ -43,12 +43,12 @@ class Companded8(Codec):
         # to nearest, a scale sticks that shrinks by less than half of float16's step
         scales = jnp.where(coarse, upper, round_to(largest, np.float16, block_bits))
         unit = jnp.where(coarse, upper, largest)
-        shares = self.spread(inverse(jnp.minimum(unit, 2.0**126)), x.shape)  # what is larger has no normal inverse
+        per_unit = self.spread(inverse(jnp.minimum(unit, 2.0**126)), x.shape)  # what is larger has no normal inverse
         if self.signed:
-            shares *= jnp.abs(x)
+            shares = jnp.abs(x) * per_unit
             codes = whole(with_sign_of(x, shares / (1 + shares) * np.float32(254)), -127, 127, bits, np.int8)
         else:
-            codes = whole(jnp.sqrt(jnp.abs(x)) * shares * np.float32(255), least(x), 255, bits, np.uint8)
+            codes = whole(jnp.sqrt(jnp.abs(x)) * per_unit * np.float32(255), least(x), 255, bits, np.uint8)
         return codes, scales.astype(np.float16)
 
     def decode(self, codes: Array, scales: Array | None) -> Array:

@@ -24,7 +24,6 @@ from gradxform.core import trees
 from gradxform.core.compiled import on_leaf
 from gradxform.core.leaves import HOLE
 from gradxform.core.rules import Array, Rule
-from gradxform.core.trees import varying_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +64,15 @@ def coded_update(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tupl
 @functools.lru_cache(maxsize=4096)
 def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Callable[..., Any]:
     coded = {place: codec for place, codec in enumerate(codecs) if codec is not None}
-    kinds = list(coded.values())
+    used = list(coded.values())
     in_parts = not any(inner.whole for rule in rules for inner in rule.walk())
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def coded_leaf_update(how, final, dtype, scalars, own, update, slots, param, taken, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
-        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not varying_over(update)
-        length = _run_length(update.size // kinds[0].block)
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not trees.varying_over(update)
+        length = _run_length(update.size // used[0].block)
         alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
-        in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in kinds)
+        in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in used)
         lands = how == "land"
 
         def step(update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -92,12 +91,12 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
 
         def largest_of_all(moments: list[Any]) -> list[Any]:
             if in_runs:
-                return list(map(largest_of_written, kinds, moments))
-            return largest_of(kinds, moments) if kinds[0].scale_dtype is not None else [None] * len(kinds)
+                return list(map(largest_of_written, used, moments))
+            return largest_of(used, moments) if used[0].scale_dtype is not None else [None] * len(used)
 
         with jax.numpy_dtype_promotion("standard"):
             if in_runs:
-                return _in_runs(step, length, kinds[0].block, lands, final, update, param, slots)
+                return _in_runs(step, length, used[0].block, lands, final, update, param, slots)
             return step(update, param, slots)
 
     return coded_leaf_update

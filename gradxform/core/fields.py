@@ -23,7 +23,7 @@ KNOWN = {name: kind for kind, names in zip(KINDS, (_SIGNED, _NON_NEGATIVE, _KEPT
 """What fields of these names hold in this library, optax and torch."""
 
 
-def told(fields: Any) -> tuple[tuple[str, str], ...]:
+def checked_fields(fields: Any) -> tuple[tuple[str, str], ...]:
     """The argument `fields`, checked and hashable."""
     if not isinstance(fields, Mapping | None):
         raise TypeError(f"fields must map names of state fields to what they hold, got {fields!r}")
@@ -35,7 +35,7 @@ def told(fields: Any) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((fields or {}).items()))
 
 
-def keys(path: str) -> tuple[str, ...]:
+def names_of(path: str) -> tuple[str, ...]:
     """By what a field may be named, the most exact first: ``inner/mu_2``, ``mu_2``, ``mu``."""
     name = path.rpartition("/")[2]
     return path, name, re.sub(r"_\d+$", "", name)
@@ -53,35 +53,39 @@ class Field:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where in a state the fields are, and how it is parted into codes, scales and what is kept."""
+class Fields:
+    """Those of a state, and how it is parted into codes, scales and what is kept."""
 
     structure: Any
     """Of the state, each field a leaf."""
-    fields: tuple[tuple[int, Field], ...]
+    placed: tuple[tuple[int, Field], ...]
     """Each field, and its place among those leaves."""
 
     @classmethod
     def of(
-        cls, state: Any, structure: Any, avals: Sequence[trees.Aval], codec: Callable[[str, trees.Aval], Codec | None]
-    ) -> Layout:
-        """The layout of a state for parameters of these shapes; `codec` of a field's name and a leaf of it."""
+        cls,
+        state: Any,
+        structure: Any,
+        avals: Sequence[trees.Aval],
+        codec_of: Callable[[str, trees.Aval], Codec | None],
+    ) -> Fields:
+        """The fields of a state for parameters of these shapes; ``codec_of(name of the field, leaf of it)``."""
 
         def like(node: Any) -> bool:
             return _alike(node, structure, avals)
 
         nodes, whole = jax.tree_util.tree_flatten_with_path(state, is_leaf=like)
-        fields: list[tuple[int, Field]] = []
+        placed: list[tuple[int, Field]] = []
         for place, (path, node) in enumerate(nodes):
             if like(node):
                 name = jax.tree_util.keystr(path, simple=True, separator="/") or "state"
                 parts = tuple(trees.aval(part) for part in structure.flatten_up_to(node))
-                fields.append((place, Field(name, tuple(codec(name, part) for part in parts), parts)))
-        return cls(whole, tuple(fields))
+                placed.append((place, Field(name, tuple(codec_of(name, part) for part in parts), parts)))
+        return cls(whole, tuple(placed))
 
     @property
     def names(self) -> list[str]:
-        return [field.name for _, field in self.fields]
+        return [field.name for _, field in self.placed]
 
     def opened(
         self, codes: Mapping[str, Any], scales: Mapping[str, Any], kept: Any, structure: Any, decode: Callable[..., Any]
@@ -93,7 +97,7 @@ class Layout:
             parts = self.structure.flatten_up_to(kept)
         except ValueError as error:
             raise ValueError(f"state.inner is not of what is wrapped, or for other parameters; {_ANEW}") from error
-        for number, (place, field) in enumerate(self.fields):
+        for number, (place, field) in enumerate(self.placed):
             leaves = column(f"state.inner.{field.name}", parts[place], structure)
             arrays = {
                 f"state.{kind}[{field.name!r}]": column(f"state.{kind}[{field.name!r}]", tree[field.name], structure)
@@ -115,7 +119,7 @@ class Layout:
         parts = self.structure.flatten_up_to(state)
         codes: dict[str, Any] = {}
         scales: dict[str, Any] = {}
-        for number, (place, field) in enumerate(self.fields):
+        for number, (place, field) in enumerate(self.placed):
             pairs = list(zip(field.codecs, structure.flatten_up_to(parts[place]), strict=True))
             coded = [(HOLE, HOLE) if codec is None else encode(number, codec, value) for codec, value in pairs]
             codes[field.name], scales[field.name] = (structure.unflatten([pair[i] for pair in coded]) for i in (0, 1))

@@ -21,7 +21,7 @@ from gradxform.core import trees
 from gradxform.core.arguments import count_of
 from gradxform.core.body import Alone, Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.coded import Coded, decoded, encoded, on_devices_of
-from gradxform.core.fields import KINDS, KNOWN, Layout, keys, told
+from gradxform.core.fields import KINDS, KNOWN, Fields, checked_fields, names_of
 from gradxform.core.leaves import Leaves, trained_leaves, widened
 from gradxform.core.program import Program
 from gradxform.core.state import check_state_type, get_hyperparams
@@ -105,8 +105,8 @@ def quantize_state(
         raise ValueError(f"codec must be one of {', '.join(map(repr, CODECS))} or a Codec, got {codec!r}")
     if rounding not in _ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, _ROUNDINGS))}, got {rounding!r}")
-    body = body_of("tx of quantize_state", tx)
-    return Transformation.of(QuantizeState(body, codec, count_of("min_size", min_size), told(fields), rounding))
+    body, size = body_of("tx of quantize_state", tx), count_of("min_size", min_size)
+    return Transformation.of(QuantizeState(body, codec, size, checked_fields(fields), rounding))
 
 
 _ROUNDINGS = ("stochastic", "nearest")
@@ -131,24 +131,24 @@ class QuantizeState(Wrapper):
 
     def init(self, params: Any) -> QuantizedState:
         leaves, structure = trees.flatten("params", params)
-        layout = self.layout(leaves, structure)
-        coded = any(codec is not None for _, field in layout.fields for codec in field.codecs)
+        found = self.coded_fields(leaves, structure)
+        coded = any(codec is not None for _, field in found.placed for codec in field.codecs)
         trained = trained_leaves(self.tx, params, params)
         if not coded and any(act and self.fits(trees.aval(leaf)) for act, leaf in zip(trained, leaves, strict=True)):
             raise ValueError(f"{self.name} has nothing to do: the state of {self.tx!r} has no array like a parameter")
         state = self.tx.init(self.seen(params))
-        return self._closed(jnp.zeros((), jnp.uint32), state, layout, structure, placed=True)
+        return self._closed(jnp.zeros((), jnp.uint32), state, found, structure, placed=True)
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         return self._run(self.tx.step, updates, state, params, call)
 
     def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
-        if not self._in_kernels(self._layout_for(updates, params)):
+        if not self._in_kernels(self._coded_fields_for(updates, params)):
             return super().guarded(updates, state, params, call, taken)
         return self._run(functools.partial(self.tx.guarded, taken=taken), updates, state, params, call, taken)
 
     def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if not self._in_kernels(self._layout_for(updates, params)):
+        if not self._in_kernels(self._coded_fields_for(updates, params)):
             return super().advance(updates, state, params, call, taken)
         return self._run(functools.partial(self.tx.advance, taken=taken), updates, state, params, call, taken)
 
@@ -159,31 +159,31 @@ class QuantizeState(Wrapper):
         check_state_type(self.name, state, QuantizedState)
         leaves = Leaves.of(updates, params)
         structure = leaves.structure
-        layout = self._layout_for(updates, params)
+        found = self._coded_fields_for(updates, params)
         given = None if params is None else self.seen(params)
 
         def coded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Coded:
             return Coded(codec, codes, scales, self._seed(state.seed, number))
 
-        decode = coded if self._in_kernels(layout) else _decoded
-        opened = layout.opened(state.codes, state.scales, state.inner, structure, decode)
+        decode = coded if self._in_kernels(found) else _decoded
+        opened = found.opened(state.codes, state.scales, state.inner, structure, decode)
         stepped, new, report = inner_step(self.seen(updates), opened, given, call)
         if isinstance(self.tx, Alone):
             steps = zip(structure.flatten_up_to(stepped), leaves.final, strict=True)
             stepped = structure.unflatten([cast(one, dtype) for one, dtype in steps])
         after = unless(taken, state.seed, next_seed(state.seed))
-        return stepped, self._closed(state.seed, new, layout, structure)._replace(seed=after), report
+        return stepped, self._closed(state.seed, new, found, structure)._replace(seed=after), report
 
-    def _in_kernels(self, layout: Layout) -> bool:
+    def _in_kernels(self, found: Fields) -> bool:
         """Whether all fields are those of rules, which decode and encode them in the kernels of the step."""
         segments = self.tx.segments if isinstance(self.tx, Program) else ()
-        return set(layout.names) <= {name for segment in segments for name in getattr(segment, "fields", ())}
+        return set(found.names) <= {name for segment in segments for name in getattr(segment, "fields", ())}
 
     def seen(self, tree: Any) -> Any:
         """Updates or parameters as the wrapped transformation gets them: ours computes in float32 whatever they are."""
         return jax.tree.map(widened, tree) if isinstance(self.tx, Alone) else tree
 
-    def _closed(self, seed: Any, inner: Any, layout: Layout, structure: Any, placed: bool = False) -> QuantizedState:
+    def _closed(self, seed: Any, inner: Any, found: Fields, structure: Any, placed: bool = False) -> QuantizedState:
         """The state with every field coded; where `placed`, on the devices of what is coded."""
 
         def encode(number: int, codec: Codec, value: Any) -> tuple[Any, Any]:
@@ -192,7 +192,7 @@ class QuantizeState(Wrapper):
             pair = encoded(codec, value, self._seed(seed, number))
             return on_devices_of(value, *pair) if placed else pair
 
-        return QuantizedState(seed, *layout.closed(inner, structure, encode))
+        return QuantizedState(seed, *found.closed(inner, structure, encode))
 
     def _seed(self, seed: Any, number: int) -> Any:
         """Of the bits that round one of the fields."""
@@ -200,17 +200,17 @@ class QuantizeState(Wrapper):
 
     # What is known before any array is there
 
-    def layout(self, leaves: list[Any], structure: Any) -> Layout:
-        """Where the fields are, for parameters of these shapes."""
+    def coded_fields(self, leaves: list[Any], structure: Any) -> Fields:
+        """The fields of the state, for parameters of these shapes."""
         avals = tuple(map(trees.aval, leaves))
         try:
             hash(self)
         except TypeError:  # what is wrapped is not hashable
-            return _layout.__wrapped__(self, structure, avals)
-        return _layout(self, structure, avals)
+            return _coded_fields.__wrapped__(self, structure, avals)
+        return _coded_fields(self, structure, avals)
 
-    def _layout_for(self, updates: Any, params: Any) -> Layout:
-        return self.layout(*jax.tree.flatten(updates if params is None else params))
+    def _coded_fields_for(self, updates: Any, params: Any) -> Fields:
+        return self.coded_fields(*jax.tree.flatten(updates if params is None else params))
 
     def fits(self, aval: trees.Aval) -> bool:
         """Whether an array of this shape and dtype can be coded."""
@@ -222,11 +222,11 @@ class QuantizeState(Wrapper):
     def codec_of(self, path: str) -> Codec | None:
         """How a field is coded; None if it is kept."""
         given = dict(self.fields)
-        kind = next((given[key] for key in keys(path) if key in given), KNOWN.get(keys(path)[-1]))
+        kind = next((given[name] for name in names_of(path) if name in given), KNOWN.get(names_of(path)[-1]))
         if kind is None:
             raise ValueError(
                 f"{self.name} does not know what the state field {path!r} of {self.tx!r} holds; say "
-                f"fields={{{keys(path)[-1]!r}: …}} with one of {', '.join(map(repr, KINDS))}"
+                f"fields={{{names_of(path)[-1]!r}: …}} with one of {', '.join(map(repr, KINDS))}"
             )
         return None if kind == "kept" else dataclasses.replace(self.codec, signed=kind == "signed")
 
@@ -236,16 +236,16 @@ def _decoded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: An
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(body: QuantizeState, structure: Any, avals: tuple[trees.Aval, ...]) -> Layout:
-    def codec(name: str, aval: trees.Aval) -> Codec | None:
+def _coded_fields(body: QuantizeState, structure: Any, avals: tuple[trees.Aval, ...]) -> Fields:
+    def codec_of(name: str, aval: trees.Aval) -> Codec | None:
         return body.codec_of(name) if body.fits(aval) else None
 
     shapes = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals])
     state = jax.eval_shape(lambda params: body.tx.init(body.seen(params)), shapes)
-    layout = Layout.of(state, structure, avals, codec)
+    found = Fields.of(state, structure, avals, codec_of)
     for name, _ in body.fields:
-        if not any(name in keys(path) for path in layout.names):
+        if not any(name in names_of(path) for path in found.names):
             raise ValueError(
-                f"fields names {name!r}, which is no field of the state of {body.tx!r}; it has {layout.names}"
+                f"fields names {name!r}, which is no field of the state of {body.tx!r}; it has {found.names}"
             )
-    return layout
+    return found
