@@ -29,6 +29,7 @@ TRANSFORMATIONS = {
     "accumulated": gx.accumulate(gx.skip_nonfinite(CLIPPED), every=2),
     "guarded accumulation": gx.skip_nonfinite(gx.accumulate(gx.sgd(0.1, momentum=0.9), every=2)),
     "coded": gx.quantize_state(gx.adamw(0.1), min_size=256),
+    "looked up": gx.quantize_state(gx.adamw(0.1), "dynamic8", min_size=256),
     "guarded codes": gx.skip_nonfinite(gx.quantize_state(CLIPPED, min_size=256)),
     "coded guard": gx.quantize_state(gx.skip_nonfinite(gx.adamw(0.1)), min_size=256),
     "foreign last": gx.chain(gx.scale_by_momentum(0.9), optax.scale(-0.1)),
