@@ -13,8 +13,8 @@ import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Each example compiles: CI draws 25 on the oldest Python, and 10 where it checks the newest Python and JAX.
-EXAMPLES = 25 if sys.version_info < (3, 12) else 10
+# Each example compiles: CI draws 15 on the oldest Python, and 6 where it checks the newest Python and JAX.
+EXAMPLES = 15 if sys.version_info < (3, 12) else 6
 hypothesis.settings.register_profile("short", max_examples=EXAMPLES, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=500, deadline=None)
 hypothesis.settings.load_profile("long" if os.environ.get("GRADXFORM_LONG") else "short")

@@ -36,7 +36,7 @@ def named(name: str) -> Contender:
         (named("gradxform, skip_nonfinite"), 8, 300),
         (named("gradxform, gx.step"), 12, 300),
         (named("gradxform, bfloat16"), 4, 280),
-        (named("gradxform, 8 bits, gx.step"), 2.0545, 400),  # small leaves are kept
+        (named("gradxform, root8, gx.step"), 2.0545, 400),  # small leaves are kept
         (Contender("", lambda: gx.quantize_state(gx.adamw(**ADAMW), "bfloat16"), in_step), 4.0156, 310),
     ],
     ids=["AdamW", "clip", "guard", "accumulate in gx.step", "bfloat16", "8 bits in gx.step", "bfloat16 in gx.step"],
@@ -45,7 +45,7 @@ def test_a_step_copies_nothing_and_needs_no_second_tree(contender, state, equati
     found = measure.exact_figures(measure.built(contender, *trees(MATRICES)), MATRICES)
     assert found[COPIES] == 0
     # a small leaf or two, or numbers per block of 8-bit codes; a matrix would be 1 byte
-    assert found[TEMPORARIES] < (0.1 if "8 bits" in contender.name else 0.02)
+    assert found[TEMPORARIES] < (0.1 if "8, gx" in contender.name else 0.02)
     assert found[STATE] == pytest.approx(state, abs=1e-3)
     assert found[EQUATIONS] <= equations
 
