@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -14,7 +13,6 @@ from gradxform.numerics import Array
 from gradxform.rounding import round_to
 
 
-@dataclasses.dataclass(frozen=True)
 class Bfloat16(Codec):
     """x as the 16 bits of a bfloat16, without a scale: it has the range of float32."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from gradxform.numerics import Array
 from gradxform.rounding import round_to
 
 
-@dataclasses.dataclass(frozen=True)
 class Companded8(Codec):
     """x = s·z/(2 − |z|), z = q/127, and where x ≥ 0, x = (s·q/255)²: finer near zero, in groups of 32.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import functools
 from typing import Any, ClassVar
 
@@ -15,7 +14,6 @@ from gradxform.numerics import Array, smallest_normal
 from gradxform.rounding import unit
 
 
-@dataclasses.dataclass(frozen=True)
 class _Mapped(Codec):
     """x = map[q]·s with the map's entry nearest to x/s, the upper one of two."""
 
@@ -58,7 +56,6 @@ class _Mapped(Codec):
         return self.look_up(codes) * self.spread(scales, codes.shape)
 
 
-@dataclasses.dataclass(frozen=True)
 class Dynamic8(_Mapped):
     """x = map[q]·s, 7 decades of which each has twice as many numbers as the one below.
 
@@ -87,7 +84,6 @@ class Dynamic8(_Mapped):
         return jnp.asarray(self.map).at[codes.astype(np.int32)].get(mode="promise_in_bounds")
 
 
-@dataclasses.dataclass(frozen=True)
 class Dynamic4(_Mapped):
     """x = map[q]·s with 16 numbers, two codes to a byte: the first in the upper half.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +12,6 @@ from gradxform.codecs.codec import Codec, inverse, least, whole, with_sign_of
 from gradxform.numerics import Array
 
 
-@dataclasses.dataclass(frozen=True)
 class _Powers(Codec):
     """x = ±(q·s)ᵖ, and where x ≥ 0, x = (q·s)²ᵖ, for p of 1 or 2.
 
@@ -64,7 +62,6 @@ class _Powers(Codec):
         return x
 
 
-@dataclasses.dataclass(frozen=True)
 class Linear8(_Powers):
     """x = q·s, and where x ≥ 0, x = (q·s)²: evenly spaced numbers, or square roots."""
 
@@ -72,7 +69,6 @@ class Linear8(_Powers):
     halvings: ClassVar[int] = 0
 
 
-@dataclasses.dataclass(frozen=True)
 class Root8(_Powers):
     """x = ±(q·s)², and where x ≥ 0, x = (q·s)⁴: evenly spaced square roots, or fourth roots; finer near zero."""
 

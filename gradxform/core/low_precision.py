@@ -36,7 +36,6 @@ class LowPrecisionState(NamedTuple):
         return get_hyperparams(self.inner)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
 class LowPrecision(Wrapper):
     """Train float32 values; give the parameters low-precision numbers."""
 

@@ -143,7 +143,6 @@ class StochasticRounding(LowPrecision):
         return round_to(value, dtype, bits), None
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
 class MasterWeights(LowPrecision):
     """The body of `master_weights`."""
 

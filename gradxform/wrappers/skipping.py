@@ -192,7 +192,6 @@ class _Skip(Wrapper):
         )
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
 class SkipNonfinite(_Skip):
     """The body of `skip_nonfinite`."""
 
