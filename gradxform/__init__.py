@@ -77,6 +77,7 @@ from gradxform.core.hyperparameters import fraction as fraction
 from gradxform.core.hyperparameters import non_negative as non_negative
 from gradxform.core.hyperparameters import positive as positive
 from gradxform.core.lift import lift as lift
+from gradxform.core.rules import Measure as Measure
 from gradxform.core.rules import Slots as Slots
 from gradxform.core.rules import Step as Step
 from gradxform.core.rules import no_slots as no_slots

@@ -478,6 +478,7 @@ def rule(
     memory_alone=(rule(measure=lambda u: {}, memory={"x": 0.0}), TypeError, "memory & gather"),
     reports_alone=(rule(reports=["x"]), TypeError, "reports & gather"),
     axis_alone=(rule(axis_name="x"), TypeError, "axis_name & measure"),
+    axis_of_a_function=(rule(measure=lambda u: {}, axis_name="x"), TypeError, "axis_name & Measure & across"),
     axis_number=(lambda: gx.clip_by_global_norm(1.0, axis_name=0), TypeError, "axis_name & mesh axis & 0"),
     axis_unbound=(
         lambda: step(gx.clip_by_global_norm(1.0, axis_name="model")),

@@ -20,7 +20,9 @@ def test_code_blocks_run(capsys):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the frameworks rely on both
         for block in blocks:
             exec(compile(block, str(README), "exec"), namespace)
-    loss, learning_rate, count, _ = capsys.readouterr().out.split("\n")[0].split(" ", 3)
+    printed = capsys.readouterr().out
+    loss, learning_rate, count, _ = printed.split("\n")[0].split(" ", 3)
     assert float(loss) < 1e-2, "the first loop should have fitted the line"
     assert float(learning_rate) < 1e-5, "the schedule should have ended"
     assert int(count) == 500
+    assert "clipped 1, grad_norm 4.47, nonfinite 0, param_norm 2, skipped 1, update_norm" in printed

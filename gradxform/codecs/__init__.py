@@ -1,8 +1,8 @@
-"""Codes of one or two bytes for the numbers of an optimizer state: mathematics on one array.
+"""Codes of half a byte to two bytes for the numbers of an optimizer state: mathematics on one array.
 
-A codec gives a float32 array codes in its shape and a scale for each of its blocks. Each codec has a form for signed
-numbers and one for numbers that are never negative, such as second moments: there a positive number never becomes 0,
-which would make m/(√v + ε) huge, but the smallest positive number of its block's code.
+A codec gives a float32 array codes in its shape (`Dynamic4` two to a byte) and a scale for each of its blocks. Each
+codec has a form for signed numbers and one for numbers that are never negative, such as second moments: there a
+positive number never becomes 0, which would make m/(√v + ε) huge, but the smallest positive number of its block's code.
 
 What holds for every codec: a block of zeros stays so; no finite number overflows; a NaN or an infinity makes its whole
 block NaN, and so does a negative number where there must be none. (`Bfloat16` has no blocks: there it is the number

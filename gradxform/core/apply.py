@@ -36,8 +36,8 @@ def apply_updates(params: Any, updates: Any) -> Any:
 def step(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
     """θ, s ← θ + u, s′ where u, s′ = tx.update(g, s, θ): a whole training step after the gradient.
 
-    The same as ``update`` and `apply_updates`, but that parameters below float32 are rounded once, after the sum; never
-    slower, and faster where ``tx`` can add while it computes: `accumulate` touches no parameter between its steps,
+    The same as ``update`` and `apply_updates`, but that parameters below float32 are rounded once, after the sum; and
+    faster where ``tx`` can add while it computes: `accumulate` touches no parameter between its steps,
     `quantize_state` needs no array for the update.
     Compile it with ``jax.jit(…, donate_argnums=…)`` of a function that takes ``params, state`` and returns them in this
     order: JAX gives donated buffers to results first come, first served, so another order costs a copy of everything.

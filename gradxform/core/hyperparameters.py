@@ -181,9 +181,13 @@ def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
 
     Example:
       >>> import gradxform as gx
-      >>> gx.adam(0.1, b1=1.0)
+      >>> def shrink(decay):
+      ...     return gx.lift(gx.no_slots, lambda u, s, p, step: (step.decay * u, s), decay=gx.fraction(decay))
+      >>> print(shrink(0.5).update(3.0, shrink(0.5).init(0.0))[0])
+      1.5
+      >>> shrink(1.0)
       Traceback (most recent call last):
-      ValueError: b1 must be in [0, 1), got 1.0
+      ValueError: decay must be in [0, 1), got 1.0
     """
     return ranged(value, Range(0.0, 1.0), name)
 

@@ -80,14 +80,15 @@ def lift(
         none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment.
       update: ``update(update, state, param, step)`` gives the new update, of the same shape, and the new
         state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
-        update; ``step.<name>`` is the current value of an argument.
+        update; ``step.<name>`` is the current value of an argument. ``step.keep``, see `Step`, saves memory.
       prepare: ``prepare(step)`` gives scalars that are computed once per step, as further ``step.<name>``.
-      measure: ``measure(update)`` gives scalars of one array, before `update` runs on any, as ``step.<name>``.
+      measure: ``measure(update)`` gives scalars of one array, before `update` runs on any, as ``step.<name>``; or a
+        `Measure`, which can also tell how those of a sharded array's parts make those of the whole.
       gather: ``gather(measured, step)`` turns them, stacked over all leaves, into scalars for every leaf.
       memory: Scalars that the rule remembers of all leaves, by name, with their first values: `gather` reads
         ``step.<name>`` and returns the next value under the same name. They are fields of the state.
       reports: Which of the scalars that `gather` returns `observe` shows.
-      axis_name: Axes of a mesh; see `clip_by_global_norm`. `measure` must then say how shards make a whole.
+      axis_name: Axes of a mesh; see `clip_by_global_norm`. It takes a `Measure` with ``across``.
       mask: Which leaves the rule acts on: a tree of booleans (or a prefix of one), a callable
         ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
       whole: Whether `update` needs whole arrays, for a norm or a product of matrices: inside `jax.shard_map` a
@@ -124,6 +125,10 @@ def lift(
     """
     if measure is None and (gather is not None or axis_name is not None):
         raise TypeError("gather and axis_name go with measure: give it, or neither")
+    if measure is not None and not isinstance(measure, Measure):
+        measure = Measure(measure)
+    if axis_name and measure is not None and measure.across is None:
+        raise TypeError("axis_name needs to know how the numbers of shards make one: give measure=Measure(of, across)")
     if gather is None and (memory or reports):
         raise TypeError("memory and reports go with gather: give it, or neither")
     if at_most is not None and at_most not in arguments:
@@ -135,7 +140,7 @@ def lift(
         init=init,
         update=update,
         prepare=prepare,
-        measure=measure if measure is None or isinstance(measure, Measure) else Measure(measure),
+        measure=measure,
         gather=gather,
         memory=tuple((memory or {}).items()),
         reports=tuple(reports),

@@ -81,9 +81,28 @@ def pass_through(update: Array, state: Slots, param: Array | None, step: Step) -
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a rule wants to know of all leaves: numbers of each, and how those of a sharded leaf make one."""
+    """What a rule wants to know of all leaves before it acts: numbers of each, and how those of shards make one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> LARGEST = gx.Measure(
+      ...     of=lambda update: {"largest": jnp.max(jnp.abs(update))},
+      ...     across=lambda numbers, axes: {"largest": jax.lax.pmax(numbers["largest"], axes)},
+      ... )
+      >>> def divide_by_largest(axis_name=None):
+      ...     def gather(measured, step):
+      ...         return {"all": jnp.max(measured["largest"])}
+      ...     def update(update, state, param, step):
+      ...         return update / step.all, state
+      ...     return gx.lift(gx.no_slots, update, measure=LARGEST, gather=gather, axis_name=axis_name)
+      >>> tx = divide_by_largest()
+      >>> print(tx.update({"a": jnp.array(4.0), "b": jnp.array(-1.0)}, tx.init({"a": 0.0, "b": 0.0}))[0]["b"])
+      -0.25
+    """
 
     of: Callable[[Array], Mapping[str, Array]]
+    """Scalars of one array, by name."""
     across: Callable[[Mapping[str, Array], tuple[str, ...]], Mapping[str, Array]] | None = None
     """From a mesh's shards, the numbers stacked over leaves and the axes they are sharded over, to the whole."""
     joint: Callable[[Sequence[Sequence[Array]]], Mapping[str, Array]] | None = None

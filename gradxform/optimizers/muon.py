@@ -37,13 +37,14 @@ def muon(
 ) -> Transformation:
     """m ← β·m + (1 − β)·g,  U·S·Vᵀ = β·m + (1 − β)·g,  θ ← θ − α·(s·U·Vᵀ + λ·θ), for hidden matrices.
 
-    Embeddings, heads, biases and the scales of norms go to another optimizer. Nothing is taken for a hidden matrix
-    because it has two axes: ``matrices`` says which leaves are. `describe` shows what each leaf gets.
+    Embeddings, heads, biases and the scales of norms go to another optimizer. No leaf is taken for a hidden matrix
+    merely because it has two axes: ``matrices`` says which are. `describe` shows what each leaf gets.
 
     Args:
       learning_rate: α ≥ 0; see `sgd`. About 0.02 with the scale ``"jordan"``, that of AdamW with ``"adam_rms"``.
       matrices: The layout of the leaves that a path pattern matches, such as
-        ``{".*/kernel": "in out", "layers/qkv": "each in 3*out"}``; one pattern alone has the layout ``in out``. See
+        ``{".*/kernel": "in out", "layers/qkv": "each in 3*out"}``; one pattern alone has the layout ``in out``, that of
+        Flax and Haiku (``{".*/weight": "out in"}`` in Equinox). See
         `by_path` for patterns, of which one that is a leaf's whole path goes before others, and `orthogonalize` for
         layouts.
       other: The transformation for all other leaves, such as ``adamw(3e-4)``; None if there must be none. What it

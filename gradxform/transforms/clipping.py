@@ -67,7 +67,8 @@ def clip_by_global_norm(
       max_norm: c > 0.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes over which leaves are sharded: the norm is
         that of the whole leaves. Leaves that `shard_map` knows to be replicated count once; where JAX does not
-        track that (``pmap``, ``check_vma=False``) every leaf counts as sharded. ``()`` takes each shard by itself.
+        track that (``pmap``, ``check_vma=False``) every leaf counts as sharded, and without ``axis_name`` none does:
+        each device takes the norm of what it has. ``()`` takes each shard by itself.
       mask: Which leaves count and are clipped; see `add_decoupled_weight_decay`.
 
     Raises:

@@ -1,6 +1,6 @@
 """Against steps that low-precision parameters round away: bfloat16 weights that keep learning.
 
-A bfloat16 number has 8 significant bits: adding less than a 256th of it, and often a 512th, changes nothing. Each
+A bfloat16 number has 8 significant bits: adding less than a 512th of it, and often a 256th, changes nothing. Each
 wrapper computes the new value in float32, chooses a low-precision number for it, and returns the difference to the old
 parameter, exactly, in float32: whoever adds it lands on the number that was chosen.
 """
@@ -29,7 +29,7 @@ def stochastic_rounding(tx: optax.GradientTransformation, key: jax.Array | int) 
     these numbers stays. Costs no memory, and some noise.
 
     Args:
-      tx: Any transformation; it sees float32 parameters. Leaves of float32 or wider are its alone.
+      tx: Any transformation; it sees float32 parameters. Leaves of float32 or wider it trains as it is.
       key: A PRNG key or a whole number. The bits are a hash of it, the step, the leaf and the element: the same
         however arrays are sharded, and after a restart. Inside `jax.shard_map` every shard draws the same.
 

@@ -58,8 +58,8 @@ def observe(
       by: What to tell apart besides: ``"leaf"``, ``"group"`` (those of `by_path` in ``tx``), or a dict from names to
         path patterns, whose leaves may overlap; adds ``grad_norm/<name>`` and so on. None for totals only.
       of: ``"all"``, or ``"gradient"`` for its norm alone (``grad_norm``, ``nonfinite`` and what ``tx`` tells), which
-        costs nothing where ``tx`` clips or guards. The norms of update and parameters need the update as an array of
-        its own, which a compiled step does not have otherwise; on a CPU they take as long as the step.
+        is at hand where ``tx`` clips or guards. The norms of update and parameters need the update as an array of
+        its own, which a compiled step does not have otherwise: on a CPU a step of AdamW takes three times as long.
       axis_name: See `clip_by_global_norm`.
 
     Returns:

@@ -69,7 +69,7 @@ def quantize_state(
         ``"dynamic4"``, 8 bits in blocks of 256 and 4 in blocks of 128, as bitsandbytes and torchao have them, slow;
         ``"bfloat16"``. Or a `gradxform.codecs.Codec` of your own.
       min_size: Leaves with fewer elements than this, or with a number of them that is no multiple of the block, keep
-        their state as it is; so do all leaves those moments that are complex or float64.
+        their state as it is; moments that are complex or float64 are always kept.
       fields: What fields of the state hold, by name: ``"signed"``, ``"non_negative"`` or ``"kept"`` as they are. Known
         are the moments of this library, of optax and of torch, such as ``mu`` and ``nu``; another one must be told.
       rounding: ``"stochastic"``, by a hash of the step, the field and the number itself, so that equal numbers of
