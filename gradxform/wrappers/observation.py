@@ -59,7 +59,7 @@ def observe(
         path patterns, whose leaves may overlap; adds ``grad_norm/<name>`` and so on. None for totals only.
       of: ``"all"``, or ``"gradient"`` for its norm alone (``grad_norm``, ``nonfinite`` and what ``tx`` tells), which
         is at hand where ``tx`` clips or guards. The norms of update and parameters need the update as an array of
-        its own, which a compiled step does not have otherwise: on a CPU a step of AdamW takes three times the time.
+        its own, which a compiled step does not have otherwise; on a CPU a step of AdamW takes three times the time.
       axis_name: See `clip_by_global_norm`.
 
     Returns:
