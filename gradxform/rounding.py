@@ -111,7 +111,7 @@ _GOLDEN = 0x9E3779B9
 
 def next_seed(seed: Array) -> Array:
     """The seed after `seed`; all 2³² come before one returns."""
-    return seed + np.uint32(_GOLDEN)
+    return jnp.asarray(seed, np.uint32) + np.uint32(_GOLDEN)  # NumPy's scalars, as checkpoints restore them, would warn
 
 
 def seed_for(seed: Array, place: Any) -> Array:

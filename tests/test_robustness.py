@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.core import Tracer
 
@@ -271,3 +273,120 @@ def test_code_of_the_user_that_fails_leaks_no_tracer(tx, no_tracer_stays):
     state = tx.init(PARAMS)
     with jax.checking_leaks(), pytest.raises(ValueError, match=r"not today|crooked turned"):
         jax.jit(tx.update)(PARAMS, state, PARAMS)
+
+
+# What users do to pairs and states
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda rate: gx.sgd(gx.live(rate)),
+        lambda rate: gx.skip_nonfinite(gx.sgd(rate)),
+        lambda rate: gx.skip_nonfinite(gx.by_path({"a": gx.adam(optax.constant_schedule(0.1))}, default=gx.sgd(rate))),
+    ],
+    ids=["live", "guarded", "groups"],
+)
+def test_donating_a_state_deletes_nothing_of_the_users(build):
+    rate, params = jnp.float32(0.1), {"a": jnp.ones(3), "b": jnp.ones(2)}
+    tx = build(rate)
+    step = jax.jit(lambda params, state, grads: gx.step(tx, grads, state, params), donate_argnums=(0, 1))
+    grads = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    for _ in range(2):  # a second run starts from the same numbers
+        params, state = {"a": jnp.ones(3), "b": jnp.ones(2)}, tx.init(params)
+        params, state = step(params, state, grads)
+        params, state = step(params, state, grads)
+    assert rate == jnp.float32(0.1)
+
+
+def test_one_schedule_in_two_groups_is_donated_once():
+    rate = optax.constant_schedule(0.1)
+    tx = gx.skip_nonfinite(gx.by_path({"a": gx.adam(rate)}, default=gx.sgd(rate)))
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    step = jax.jit(lambda params, state, grads: gx.step(tx, grads, state, params), donate_argnums=(0, 1))
+    step(params, tx.init(params), {"a": jnp.ones(3), "b": jnp.ones(2)})
+
+
+def test_a_value_that_was_set_is_still_the_users_after_a_donated_step():
+    tx, rate, params = gx.sgd(gx.live(0.5)), jnp.float32(0.1), jnp.ones(3)
+    state = gx.set_hyperparams(tx.init(params), learning_rate=rate)
+    jax.jit(lambda state, grads: tx.update(grads, state), donate_argnums=0)(state, params)
+    assert rate == jnp.float32(0.1)
+
+
+@dataclasses.dataclass
+class Unhashable:
+    """Half of a pair of another library, which compares by value and so has no hash."""
+
+    factor: float
+
+    def __call__(self, updates: Any, state: Any = None, params: Any = None) -> Any:
+        return () if state is None else (jax.tree.map(lambda u: self.factor * u, updates), state)
+
+
+def test_a_pair_without_a_hash_goes_into_a_chain():
+    tx, params = gx.chain(gx.scale(2.0), (Unhashable(3.0), Unhashable(3.0))), {"a": jnp.ones(2)}
+    for given in (params, None):
+        updates, _ = tx.update(params, tx.init(params), given)
+        assert_same(updates, {"a": 6 * params["a"]})
+
+
+def test_a_pair_with_another_init_or_update_is_what_it_was_made():
+    def init(params):
+        return gx.adam(0.1).init(params)._replace(count=jnp.asarray(7, jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        return jax.tree.map(jnp.zeros_like, updates), state
+
+    params = jnp.ones(2)
+    warm, still = gx.adam(0.1)._replace(init=init), gx.adam(0.1)._replace(update=update)
+    assert gx.chain(gx.scale(1.0), warm).init(params).inner.count == 7
+    assert_same(gx.step(still, params, still.init(params), params)[0], params)
+    assert "update" in repr(still)
+
+
+def test_names_that_are_numbered_meet_no_given_one():
+    def init(param):
+        return {"m": jnp.zeros_like(param), "m_2": jnp.zeros_like(param)}
+
+    rule = gx.lift(init, lambda update, state, param, step: (update, state))
+    assert gx.chain(rule, rule).init(jnp.ones(2))._fields == ("count", "hyperparams", "m", "m_2", "m_2_2", "m_3")
+
+
+def test_metrics_of_a_state_with_a_plain_number():
+    tx = gx.sgd(0.1)
+    state = tx.init(jnp.ones(2))._replace(hyperparams={"learning_rate": 0.5})
+    assert gx.metrics(state)["learning_rate"] == 0.5
+
+
+def test_counters_stay_whole_where_the_state_is_narrow():
+    def update(update, state, param, step):
+        return update, {"m": step.keep("m", state["m"] + update), "n": step.keep("n", state["n"] + 1)}
+
+    def init(param):
+        return {"m": jnp.zeros_like(param), "n": jnp.zeros((), jnp.int32)}
+
+    tx = gx.lift(init, update, state_dtype="bfloat16")
+    state = tx.init(jnp.ones(2))
+    _, new = tx.update(jnp.ones(2), state)
+    assert (state.m.dtype, new.m.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert (state.n.dtype, new.n.dtype, int(new.n)) == (jnp.int32, jnp.int32, 1)
+
+
+def test_a_seed_that_was_restored_as_numpy_does_not_warn():
+    params = jnp.linspace(-1, 1, 4096)
+    quantized = gx.quantize_state(gx.adam(0.1))
+    narrow = gx.stochastic_rounding(gx.adam(0.1), 0)
+    for tx, theta in ((quantized, params), (narrow, params.astype(jnp.bfloat16))):
+        state = tx.init(theta)._replace(seed=np.uint32(2**32 - 5))
+        for _ in range(2):
+            _, state = tx.update(params.astype(theta.dtype), state, theta)
+
+
+@pytest.mark.parametrize(
+    "other", [gx.skip_spikes(gx.sgd(0.1), window=8), gx.skip_spikes(gx.sgd(0.1)), gx.skip_nonfinite(gx.sgd(0.1))]
+)
+def test_the_state_of_another_guard_is_refused(other):
+    tx, params = gx.skip_spikes(gx.sgd(0.1), window=16, watch="both"), jnp.ones(2)
+    with pytest.raises(ValueError, match=r"state\.(norms|losses) .* init\(params\) again"):
+        tx.update(params, other.init(params), params, value=1.0)

@@ -65,6 +65,8 @@ class Body(abc.ABC):
     def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
         """The same where `taken`, None or a 0-d boolean; else no update and the state as it was."""
         new_updates, new_state, report = self.step(updates, state, params, call)
+        if taken is None:
+            return new_updates, new_state, report
         return unless(taken, jax.tree.map(no_update, new_updates), new_updates), unless(taken, state, new_state), report
 
     def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
@@ -188,13 +190,19 @@ class Transformation(optax.GradientTransformationExtraArgs):
     def body(self) -> Body:
         return self.update.body
 
+    @property
+    def whole(self) -> bool:
+        """Whether both functions are of one body; not if ``_replace`` gave it another ``init`` or ``update``."""
+        body = getattr(self.update, "body", None)
+        return body is not None and getattr(self.init, "body", None) is body
+
     def __repr__(self) -> str:
-        return repr(self.body)
+        return repr(body_of("tx", self))
 
 
 def body_of(name: str, tx: Any) -> Body:
     """The body of a transformation, ours or any ``(init, update)`` pair; `name` is what the message calls it."""
-    if isinstance(tx, Transformation):
+    if isinstance(tx, Transformation) and tx.whole:
         return tx.body
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
         return Alone(tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx))

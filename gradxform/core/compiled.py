@@ -94,7 +94,7 @@ class _Keeper:
     def __call__(self, rule: Rule, new: jax.Array, old: jax.Array) -> jax.Array:
         """Below float32 rounded stochastically, for to nearest small changes are lost; the old where none is taken."""
         index, dtype = next(self._number), rule.state_dtype
-        if _narrow(dtype):
+        if _narrow(dtype) and jnp.issubdtype(new.dtype, jnp.inexact):
             # the same seed for every leaf: a number of its own would make every leaf a kernel of its own to compile
             narrow = rounding.rounded_at_random(new, dtype, rounding.seed_for(self._seed, index))
             if self._taken is not None:

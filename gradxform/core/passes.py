@@ -52,7 +52,7 @@ class Selection:
 
     chosen: Mapping[Mask, list[bool]]
     frozen: list[bool]
-    within: Mapping[Foreign, list[bool]]
+    within: Mapping[int, list[bool]]
     """Which leaves a stage that is no rule freezes itself, and so must see."""
 
     @classmethod
@@ -71,7 +71,7 @@ class Selection:
                 frozen = [one or other for one, other in zip(frozen, chosen, strict=True)]
         selection = cls(masks, frozen, {})
         within = {
-            stage: selection.frozen_by(stage, params, leaves, structure)
+            id(stage): selection.frozen_by(stage, params, leaves, structure)  # another library's may have no hash
             for stage in stages
             if isinstance(stage, Foreign) and params is not None
         }
@@ -90,7 +90,7 @@ class Selection:
 
     def seen_by(self, stage: Foreign) -> list[bool]:
         """The leaves that a stage that is no rule acts on, and those that it freezes itself."""
-        own = self.within.get(stage, [False] * len(self.frozen))
+        own = self.within.get(id(stage), [False] * len(self.frozen))
         return [act or freezes for act, freezes in zip(self.acting(stage.mask), own, strict=True)]
 
     def rules_by_leaf(self, rules: tuple[Rule, ...]) -> list[tuple[Rule, ...]]:

@@ -135,7 +135,9 @@ class Program(Body):
             else:
                 fields |= passes.initial_fields(segment, selection, leaves, structure)
         count = jnp.zeros((), jnp.int32)
-        return self.state_type(count=count, hyperparams=self._visible(self._values(count, {})), **fields)
+        # arrays of their own: a step that donates its state may neither delete a user's nor be given one twice
+        visible = {name: jnp.array(value) for name, value in self._visible(self._values(count, {})).items()}
+        return self.state_type(count=count, hyperparams=visible, **fields)
 
     # update
 

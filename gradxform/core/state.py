@@ -37,11 +37,13 @@ def _restore(slots: tuple[str, ...], live: tuple[tuple[str, Range], ...], values
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """Number repeated names in order of appearance: mu, nu, mu_2."""
+    """Number repeated names in order of appearance: mu, nu, mu_2; with a number that no other name has."""
     seen: collections.Counter[str] = collections.Counter()
-    unique = []
+    unique: list[str] = []
     for name in names:
         seen[name] += 1
+        while seen[name] > 1 and f"{name}_{seen[name]}" in (*names, *unique):
+            seen[name] += 1
         unique.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return unique
 
@@ -114,7 +116,7 @@ def _checked(name: str, value: Any, holder: Any, local: str) -> Any:
         check_range(name, value, holder.settable[local])
     if jnp.shape(value) != jnp.shape(old):
         raise ValueError(f"{name} must have shape {jnp.shape(old)}, got {jnp.shape(value)}")
-    new = jnp.asarray(value, dtype=jnp.asarray(old).dtype)
+    new = jnp.array(value, dtype=jnp.asarray(old).dtype)  # the user's own may not be donated with the state
     sharding = getattr(old, "sharding", None)
     if isinstance(sharding, NamedSharding) and concrete(old) and concrete(new):
         new = jax.device_put(new, sharding)
@@ -135,7 +137,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     Example: see `observe`.
     """
     found = {key: values[name] for key, (_, values, name) in _located(state, "metrics").items()}
-    return {name: jnp.asarray(value[...]) for name, value in (found | get_hyperparams(state)).items()}
+    every = (found | get_hyperparams(state)).items()
+    return {name: jnp.asarray(value[...] if hasattr(value, "__getitem__") else value) for name, value in every}
 
 
 def _located(state: Any, attribute: str) -> dict[str, tuple[Any, Mapping[str, Any], str]]:

@@ -214,6 +214,7 @@ class SkipSpikes(_Skip):
         return {"norms": norms, "losses": losses, "seen": jnp.zeros((), jnp.int32)}
 
     def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
+        self._check(state)
         latest = {"norms": global_norm(leaves, acts, call, self.name, self.axis_name)}
         if self.watch != "norm":
             latest["losses"] = self._loss(call)
@@ -224,6 +225,17 @@ class SkipSpikes(_Skip):
         kept = {name: jnp.where(place & finite, x, getattr(state, name)) for name, x in watched.items()}
         seen = jnp.where(finite, increment(state.seen), state.seen)
         return finite & jnp.stack(usual).all(), state._replace(**kept, seen=seen)
+
+    def _check(self, state: SkipState) -> None:
+        """Raise unless the state is of this window, and of what is watched."""
+        for name, expected in self.empty().items():
+            found = getattr(state, name)
+            shapes = [None if some is None else jnp.shape(some) for some in (found, expected)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"state.{name} has shape {shapes[0]}, here it has {shapes[1]}: it is of another window, watch or "
+                    "guard; call init(params) again"
+                )
 
     def _usual(self, past: jax.Array, latest: jax.Array, seen: jax.Array) -> jax.Array:
         """Whether `latest` is no spike above the `past`, of which `seen` values are filled; the first pass."""
