@@ -15,7 +15,7 @@ import optax
 from gradxform.core import trees
 from gradxform.core.body import Alone, Call, Report, Wrapper
 from gradxform.core.leaves import HOLE, Leaves, column, trained_leaves, widened
-from gradxform.core.state import check_state_type, get_hyperparams
+from gradxform.core.state import check_state_type, inner_hyperparams
 from gradxform.numerics import Array, cast
 from gradxform.rounding import next_seed, random_bits, seed_for
 
@@ -30,10 +30,7 @@ class LowPrecisionState(NamedTuple):
     inner: Any
     """The state of the wrapped transformation, which sees float32 parameters."""
 
-    @property
-    def hyperparams(self) -> dict[str, jax.Array]:
-        """Those of the inner state, for trackers that look at the top."""
-        return get_hyperparams(self.inner)
+    hyperparams = inner_hyperparams
 
 
 class LowPrecision(Wrapper):

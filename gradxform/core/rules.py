@@ -25,7 +25,7 @@ import numpy as np
 
 from gradxform.core.hyperparameters import Hyperparameter
 from gradxform.core.masks import Mask
-from gradxform.core.trees import is_complex
+from gradxform.core.trees import is_complex, trainable
 
 Array: TypeAlias = jax.Array
 Report: TypeAlias = dict[str, Array]
@@ -329,7 +329,7 @@ def _init_rule(rule: Rule, param: Any) -> Slots:
 
 
 def _as_state(value: Array, dtype: np.dtype[Any] | None) -> Array:
-    if dtype is None or not jax.numpy.issubdtype(value.dtype, np.inexact):  # counters stay whole
+    if dtype is None or not trainable(value.dtype):  # counters stay whole
         return value
     if is_complex(value.dtype) and not is_complex(dtype):
         raise TypeError(f"state_dtype {dtype} would drop the imaginary part of a {value.dtype} moment; leave it out")

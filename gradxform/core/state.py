@@ -123,6 +123,12 @@ def _checked(name: str, value: Any, holder: Any, local: str) -> Any:
     return jax.tree.structure(old).unflatten([new])
 
 
+@property
+def inner_hyperparams(self: Any) -> dict[str, jax.Array]:
+    """Those of the inner state, for trackers that look at the top."""
+    return get_hyperparams(self.inner)
+
+
 def metrics(state: Any) -> dict[str, jax.Array]:
     """All that an optimizer state tells of the last step, flat: for any tracker.
 

@@ -17,7 +17,7 @@ from gradxform.core.leaves import Leaves, masked, trained, trained_leaves
 from gradxform.core.lift import lift
 from gradxform.core.norms import all_finite
 from gradxform.core.rules import Array, Slots, Step
-from gradxform.core.state import check_state_type, get_hyperparams
+from gradxform.core.state import check_state_type, inner_hyperparams
 from gradxform.core.trees import concrete
 from gradxform.numerics import cast, lerp, no_update
 
@@ -36,10 +36,7 @@ class AccumulateState(NamedTuple):
     inner: Any
     """The state of the accumulated transformation."""
 
-    @property
-    def hyperparams(self) -> dict[str, jax.Array]:
-        """Those of the inner state, for trackers that look at the top."""
-        return get_hyperparams(self.inner)
+    hyperparams = inner_hyperparams
 
     @property
     def metrics(self) -> dict[str, jax.Array]:

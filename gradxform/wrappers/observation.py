@@ -19,7 +19,7 @@ from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.masks import Table, table_of
 from gradxform.core.norms import bad_leaves, global_norm, leaf_norms, total
-from gradxform.core.state import check_state_type, get_hyperparams
+from gradxform.core.state import check_state_type, inner_hyperparams
 
 
 class ObserveState(NamedTuple):
@@ -30,10 +30,7 @@ class ObserveState(NamedTuple):
     inner: Any
     """The state of the observed transformation."""
 
-    @property
-    def hyperparams(self) -> dict[str, jax.Array]:
-        """Those of the inner state, for trackers that look at the top."""
-        return get_hyperparams(self.inner)
+    hyperparams = inner_hyperparams
 
 
 def observe(

@@ -24,7 +24,7 @@ from gradxform.core.coded import Coded, decoded, encoded, on_devices_of
 from gradxform.core.fields import KINDS, KNOWN, Fields, checked_fields, names_of
 from gradxform.core.leaves import Leaves, trained_leaves, widened
 from gradxform.core.program import Program
-from gradxform.core.state import check_state_type, get_hyperparams
+from gradxform.core.state import check_state_type, inner_hyperparams
 from gradxform.core.trees import unless
 from gradxform.numerics import Array, cast
 from gradxform.rounding import next_seed, seed_for
@@ -42,10 +42,7 @@ class QuantizedState(NamedTuple):
     inner: Any
     """The state of the wrapped transformation, without what is coded."""
 
-    @property
-    def hyperparams(self) -> dict[str, jax.Array]:
-        """Those of the inner state, for trackers that look at the top."""
-        return get_hyperparams(self.inner)
+    hyperparams = inner_hyperparams
 
 
 def quantize_state(

@@ -19,7 +19,7 @@ from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.compiled import increment
 from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.norms import all_finite, global_norm
-from gradxform.core.state import check_state_type, get_hyperparams
+from gradxform.core.state import check_state_type, inner_hyperparams
 from gradxform.core.trees import aval, describe
 from gradxform.numerics import cast
 
@@ -42,10 +42,7 @@ class SkipState(NamedTuple):
     inner: Any
     """The state of the guarded transformation."""
 
-    @property
-    def hyperparams(self) -> dict[str, jax.Array]:
-        """Those of the inner state, for trackers that look at the top."""
-        return get_hyperparams(self.inner)
+    hyperparams = inner_hyperparams
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
