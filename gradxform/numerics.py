@@ -61,10 +61,20 @@ def no_update(x: Array) -> Array:
 def clamp(x: Array, limit: float) -> Array:
     """`x` within ±limit, infinities too; a complex `x` keeps its phase."""
     if jnp.iscomplexobj(x):
-        largest = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
+        largest = _largest_part(x)
         return x * jnp.where(largest > limit / 2, limit / 2 / largest, 1)
     low, high = np.asarray((-limit, limit), x.dtype)
     return jax.lax.clamp(low, x, high)  # one operation where two of jnp would be
+
+
+def _parts(x: Array) -> list[Array]:
+    """Real and imaginary part, or what is real."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def _largest_part(x: Array) -> Array:
+    """max(|Re x|, |Im x|)."""
+    return functools.reduce(jnp.maximum, map(jnp.abs, _parts(x)))
 
 
 def zero_if_finite(x: Array) -> Array:
@@ -74,7 +84,10 @@ def zero_if_finite(x: Array) -> Array:
 
 
 def lerp(old: Array, new: Array, weight: Any) -> Array:
-    """old + weight·(new − old), from whichever end is nearer: exact where old = new and for weights 0 and 1."""
+    """old + weight·(new − old), from whichever end is nearer: exact where old = new and for weights 0 and 1.
+
+    Numbers that are further apart than the largest float overflow.
+    """
     way = new - old
     if isinstance(weight, float):
         return old + weight * way if weight <= 0.5 else new - (1 - weight) * way
@@ -96,9 +109,10 @@ def times(number: Any, x: Array) -> Array:
     return x if is_constant(number, 1.0) else number * x
 
 
-def abs_squared(x: Array) -> Array:
-    """|x|², real for complex x."""
-    return x * x if not jnp.iscomplexobj(x) else x.real * x.real + x.imag * x.imag
+def abs_squared(x: Array, scale: Array | None = None) -> Array:
+    """|x|², real for complex x; with a scale, |scale·x|²."""
+    parts = _parts(x) if scale is None else [scale * part for part in _parts(x)]
+    return functools.reduce(jax.lax.add, [part * part for part in parts])
 
 
 def one_minus_power(base: Any, exponent: Array) -> Array:
@@ -112,18 +126,26 @@ def _log(x: Any) -> Any:
     return jnp.log(x)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def norm(x: Array, axes: tuple[int, ...] | None = None) -> Array:
     """‖x‖₂ in at least float32, right from the smallest to the largest floats: of all elements, or along `axes`.
 
-    What exceeds the largest float counts as it.
+    What exceeds the largest float counts as it. The derivative is x/‖x‖, 0 where ‖x‖ is.
     """
-    x = jnp.abs(x) if jnp.iscomplexobj(x) else x
     kept = axes is not None
-    largest = jnp.max(jnp.abs(x), axes, initial=0.0, keepdims=kept)
+    largest = jnp.max(_largest_part(x), axes, initial=0.0, keepdims=kept)
     scale = _scale_for(largest)
-    return _saturated(jnp.sqrt(jnp.sum(jnp.square(x * scale), axes, keepdims=kept)) / scale, largest)
+    return _saturated(jnp.sqrt(jnp.sum(abs_squared(x, scale), axes, keepdims=kept)) / scale, largest)
 
 
+@norm.defjvp
+def _(axes: tuple[int, ...] | None, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    [x], [way] = primals, tangents
+    size = norm(x, axes)
+    return size, jnp.sum(_along(x, size, way), axes, keepdims=axes is not None)
+
+
+@jax.custom_jvp
 def joint_norms(groups: Sequence[Sequence[Array]]) -> Array:
     """‖x‖₂ of each group of arrays of one shape, as if they were one array; see `norm`.
 
@@ -135,6 +157,26 @@ def joint_norms(groups: Sequence[Sequence[Array]]) -> Array:
     parts = [_norms_one_by_one([groups[i][0] for i in large])] if large else []
     parts += [_scaled_norms([_few(groups[i]) for i in small])] if small else []
     return jnp.concatenate(parts)[np.argsort(large + small)] if len(parts) > 1 else parts[0]
+
+
+@joint_norms.defjvp  # the loop over scales has no derivative in reverse
+def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
+    [groups], [ways] = primals, tangents
+    sizes = joint_norms(groups)
+    pairs = [zip(group, way, strict=True) for group, way in zip(groups, ways, strict=True)]
+    sums = [
+        functools.reduce(jax.lax.add, [jnp.sum(_along(x, size, way)) for x, way in some])
+        for size, some in zip(sizes, pairs, strict=True)
+    ]
+    return sizes, jnp.stack(sums)
+
+
+def _along(x: Array, size: Array, way: Array) -> Array:
+    """What each element adds to the derivative of ‖x‖ along a way: x/‖x‖ times it, 0 where ‖x‖ is."""
+    divisor = jnp.where(size > 0, size, 1)
+    return functools.reduce(
+        jax.lax.add, [one / divisor * other for one, other in zip(_parts(x), _parts(way), strict=True)]
+    )
 
 
 SMALL = 1 << 16
@@ -198,7 +240,7 @@ def _sum_of_squares(arrays: Sequence[Array], scale: Array) -> Array:
 def _squares(arrays: Sequence[Array], scale: Array) -> Array:
     """The squares of arrays of one shape, added up: traced once for all that are as many."""
     wide = jnp.broadcast_to(scale, arrays[0].shape)
-    return functools.reduce(jax.lax.add, [abs_squared(x * wide) for x in arrays])
+    return functools.reduce(jax.lax.add, [abs_squared(x, wide) for x in arrays])
 
 
 def _scale_for(largest: Array) -> Array:
@@ -233,8 +275,16 @@ def factor_to(size: Array, limit: Any) -> Array:
     return above / below  # last: XLA divides once, and repeats what follows in the kernels of all leaves
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def norm_across(norms: Array, axes: tuple[str, ...]) -> Array:
     """‖x‖₂ of arrays whose shards over the mesh axes `axes` have these norms."""
     largest = jax.lax.pmax(norms, axes)
     scale = jnp.where(largest == 0, 1.0, largest)
     return _saturated(scale * jnp.sqrt(jax.lax.psum(jnp.square(norms / scale), axes)), largest)
+
+
+@norm_across.defjvp
+def _(axes: tuple[str, ...], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    [norms], [way] = primals, tangents
+    size = norm_across(norms, axes)
+    return size, jax.lax.psum(_along(norms, size, way), axes)
