@@ -12,8 +12,9 @@ import optax
 
 from gradxform.core.hyperparameters import Hyperparameter
 from gradxform.core.leaves import Leaves
+from gradxform.core.meshes import spread
 from gradxform.core.rules import Report as Report
-from gradxform.core.trees import dtype_of, spread, unless
+from gradxform.core.trees import dtype_of, unless
 from gradxform.numerics import cast, no_update
 
 
@@ -141,6 +142,9 @@ class Wrapper(Body):
     def name(self) -> str:
         """What users call it: the class's name as that of a function."""
         return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __repr__(self) -> str:
         options = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:])

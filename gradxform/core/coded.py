@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from gradxform import numerics, rounding
 from gradxform.codecs.codec import Codec, largest_of, largest_of_written
-from gradxform.core import trees
-from gradxform.core.compiled import on_leaf
+from gradxform.core import meshes, trees
+from gradxform.core.compiled import compiled, on_leaf
 from gradxform.core.leaves import HOLE
 from gradxform.core.rules import Array, Rule
 
@@ -67,9 +66,9 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
     used = list(coded.values())
     in_parts = not any(inner.whole for rule in rules for inner in rule.walk())
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    @compiled
     def coded_leaf_update(how, final, dtype, scalars, own, update, slots, param, taken, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
-        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not trees.varying_over(update)
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not meshes.varying_over(update)
         length = _run_length(update.size // used[0].block)
         alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
         in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in used)
@@ -172,34 +171,24 @@ def coded_avals(codec: Codec, shape: tuple[int, ...]) -> tuple[trees.Aval, trees
 @functools.partial(jax.jit, static_argnums=0)
 def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]:
     """Codes, in the shape of the array, and scales; rounded at random where there is a seed."""
-    with jax.numpy_dtype_promotion("standard"):
-        value = numerics.cast(value, jnp.float32)
-        codes, scales = codec.encode(value, _bits(seed))
+
+    def on_whole(value: Array, seed: Array | None) -> tuple[Array, Any]:
+        codes, scales = codec.encode(numerics.cast(value, jnp.float32), _bits(seed))
         return codes, HOLE if scales is None else scales
+
+    like = [HOLE if some is None else meshes.spec_of(value, some[0]) for some in coded_avals(codec, value.shape)]
+    with jax.numpy_dtype_promotion("standard"):
+        return meshes.partitioned(on_whole, tuple(like), value, seed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decoded(codec: Codec, aval: trees.Aval, codes: Array, scales: Any) -> Array:
     """The array of this shape and dtype that codes and scales stand for."""
     shape, dtype = aval
-    with jax.numpy_dtype_promotion("standard"):
+
+    def on_whole(codes: Array, scales: Any) -> Array:
         some = None if isinstance(scales, optax.MaskedNode) else scales
         return numerics.cast(codec.decode(codes, some).reshape(shape), dtype)
 
-
-def on_devices_of(value: Any, codes: Any, scales: Any) -> tuple[Any, Any]:
-    """Codes and scales on the devices of what they stand for, in the same parts where these are whole blocks."""
-    sharding = getattr(value, "sharding", None) if trees.concrete(value) else None
-    if isinstance(codes, optax.MaskedNode) or not isinstance(sharding, NamedSharding):
-        return codes, scales
-
-    def put(some: Any) -> Any:
-        if isinstance(some, optax.MaskedNode):
-            return some
-        try:
-            sharding.shard_shape(some.shape)
-        except ValueError:
-            return jax.device_put(some, NamedSharding(sharding.mesh, PartitionSpec()))
-        return jax.device_put(some, sharding)
-
-    return put(codes), put(scales)
+    with jax.numpy_dtype_promotion("standard"):
+        return meshes.partitioned(on_whole, meshes.spec_of(codes, shape), codes, scales)

@@ -11,14 +11,29 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from gradxform import numerics, rounding
 from gradxform.core import rules as one_array
 from gradxform.core import trees
+from gradxform.core.arguments import visible_dtype
+from gradxform.core.meshes import partitioned
 from gradxform.core.rules import Measure, Report, Rule, Scalars
 
 How: TypeAlias = Literal["wide", "round", "land"]
 """What a pass gives: updates in the dtype of the arithmetic, in the parameters', or the new parameters."""
+
+
+def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step(how, final, dtype, scalars, own, update, slots, param, …)``, compiled; its results lie where these do."""
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    @functools.wraps(step)
+    def wrapped(how, final, dtype, scalars, own, update, slots, param, *more):  # pyright: ignore[reportMissingParameterType] (as `step`)
+        like = (param if how == "land" else update), slots
+        return partitioned(functools.partial(step, how, final, dtype), like, scalars, own, update, slots, param, *more)
+
+    return wrapped
 
 
 @functools.lru_cache(maxsize=4096)
@@ -28,7 +43,7 @@ def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any
     `own` are the numbers of the leaf that the first rule measured. Where `taken` is False nothing changes.
     """
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    @compiled
     def leaf_update(how, final, dtype, scalars, own, update, slots, param, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
             scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
@@ -48,17 +63,18 @@ def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any
 
 
 @functools.lru_cache(maxsize=4096)
-def on_batch(rules: tuple[Rule, ...]) -> Callable[..., list[tuple[jax.Array, tuple[Any, ...]]]]:
+def on_batch(rules: tuple[Rule, ...]) -> Callable[..., tuple[list[jax.Array], list[tuple[Any, ...]]]]:
     """`on_leaf` for several leaves of one shape, stacked; what differs from leaf to leaf comes in lists."""
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    @compiled
     def batch_update(how, final, dtype, scalars, own, updates, slots, params, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         def one(own: Any, update: Any, slots: Any, param: Any) -> Any:
             return on_leaf(rules)(how, final, dtype, scalars, own, update, slots, param, taken)
 
         stacks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *some) for some in (own, updates, slots, params))
         results = jax.vmap(one)(*stacks)
-        return [jax.tree.map(lambda whole, place=place: whole[place], results) for place in range(len(updates))]
+        some = [jax.tree.map(lambda whole, place=place: whole[place], results) for place in range(len(updates))]
+        return [update for update, _ in some], [new for _, new in some]
 
     return batch_update
 
@@ -134,7 +150,7 @@ def measured(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]:
     @functools.partial(jax.jit, static_argnums=0)
     def leaf_measure(dtype, update):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
-            return measure.of(numerics.cast(update, dtype))
+            return partitioned(lambda x: measure.of(numerics.cast(x, dtype)), PartitionSpec(), update)
 
     return leaf_measure
 
@@ -195,9 +211,15 @@ def _slot_structure(rules: tuple[Rule, ...]) -> Any:
     return jax.tree.structure(jax.eval_shape(lambda: one_array.init(rules, jnp.zeros_like(example))))
 
 
-@functools.lru_cache(maxsize=65536)
 def slot_avals(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[trees.Aval]:
     """Shape and dtype of the arrays that `rules` keep for a leaf."""
+    return _slot_avals(rules, shape, dtype, visible_dtype())  # which x64 changes, as it may what a rule's init makes
+
+
+@functools.lru_cache(maxsize=65536)
+def _slot_avals(
+    rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any], visible: Any
+) -> list[trees.Aval]:
     param = jax.ShapeDtypeStruct(shape, trees.compute_dtype(dtype))
     slots = jax.eval_shape(functools.partial(one_array.init, rules), param)
     return [trees.aval(slot) for slot in jax.tree.leaves(slots)]

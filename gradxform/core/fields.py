@@ -92,11 +92,13 @@ class Fields:
     ) -> Any:
         """The state, with ``decode(number of the field, codec, aval, codes, scales)`` of what is coded; all checked."""
         if sorted(codes) != sorted(self.names) or sorted(scales) != sorted(self.names):
-            raise ValueError(f"state.codes has the fields {sorted(codes)}, here they are {sorted(self.names)}; {_ANEW}")
+            raise ValueError(
+                f"state.codes has the fields {sorted(codes)}, here they are {sorted(self.names)}; {trees.ANEW}"
+            )
         try:
             parts = self.structure.flatten_up_to(kept)
         except ValueError as error:
-            raise ValueError(f"state.inner is not of what is wrapped, or for other parameters; {_ANEW}") from error
+            raise ValueError(f"state.inner is not of what is wrapped, or for other parameters; {trees.ANEW}") from error
         for number, (place, field) in enumerate(self.placed):
             leaves = column(f"state.inner.{field.name}", parts[place], structure)
             arrays = {
@@ -125,9 +127,6 @@ class Fields:
             codes[field.name], scales[field.name] = (structure.unflatten([pair[i] for pair in coded]) for i in (0, 1))
             parts[place] = structure.unflatten([value if codec is None else HOLE for codec, value in pairs])
         return codes, scales, self.structure.unflatten(parts)
-
-
-_ANEW = "call init(params) again"
 
 
 def _alike(node: Any, structure: Any, avals: Iterable[trees.Aval]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from gradxform import numerics
-from gradxform.core import trees
+from gradxform.core import meshes, trees
 from gradxform.core.compiled import cast, landed, measured, measured_jointly, stacked
 from gradxform.core.rules import Measure
 
@@ -88,7 +88,7 @@ class Leaves:
         indices = [index for index, act in enumerate(acts) if act]
         if not indices:
             return [], {}
-        axes = [trees.sharded_over(self.updates[i], axis_name, name, self.structure, i) for i in indices]
+        axes = [meshes.sharded_over(self.updates[i], axis_name, name, self.structure, i) for i in indices]
         if measure.joint is None:
             numbers = [self._measured_one(measure, i, call) for i in indices]
             parts = {over: [i for i, own in enumerate(axes) if own == over] for over in dict.fromkeys(axes)}
@@ -138,9 +138,13 @@ def alike(leaves: Sequence[Any]) -> list[list[Any]]:
     """Small leaves of one shape, dtype and sharding together, large ones alone."""
     groups: dict[Any, list[Any]] = {}
     for index, leaf in enumerate(leaves):
-        mesh = getattr(leaf, "sharding", None) if trees.concrete(leaf) else trees.varying_over(leaf)
-        groups.setdefault(index if np.size(leaf) > numerics.SMALL else (trees.aval(leaf), mesh), []).append(leaf)
+        groups.setdefault(index if np.size(leaf) > numerics.SMALL else kind_of(leaf), []).append(leaf)
     return list(groups.values())
+
+
+def kind_of(leaf: Any) -> Any:
+    """What leaves must share to be put together: shape, dtype and how they are divided over a mesh."""
+    return (trees.aval(leaf), getattr(leaf, "sharding", None)) if trees.concrete(leaf) else jax.typeof(leaf)
 
 
 def _whole(measure: Measure, numbers: Mapping[str, jax.Array], axes: tuple[str, ...]) -> Mapping[str, jax.Array]:

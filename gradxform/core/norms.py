@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradxform import numerics
-from gradxform.core import trees
+from gradxform.core import meshes
 from gradxform.core.body import Call
 from gradxform.core.leaves import Leaves, alike
 from gradxform.core.rules import Array, Measure
@@ -54,8 +54,8 @@ def global_norm(
 def all_finite(leaves: Leaves, acts: Sequence[bool], call: Call, who: str, axis_name: tuple[str, ...]) -> jax.Array:
     """Whether the leaves that are acted on are finite, on all shards alike: over `axis_name` and what JAX tracks."""
     finite = jnp.isfinite(global_norm(leaves, acts, call, who, ()))
-    varying = trees.varying_over(finite)
-    axes = trees.tracked(tuple(sorted(varying.union(axis_name))), varying)
+    varying = meshes.varying_over(finite)
+    axes = meshes.tracked(tuple(sorted(varying.union(axis_name))), varying)
     return jax.lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite
 
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from gradxform import numerics
-from gradxform.core import trees
+from gradxform.core import meshes, trees
 from gradxform.core.body import Call, Report, Wrapper
 from gradxform.core.compiled import slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, masked
@@ -43,7 +43,7 @@ class Resolved(Program):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Packing:
     """Which leaves of a tree are in which flat array."""
 
     structure: Any
@@ -58,15 +58,15 @@ class Layout:
         flat = tuple(_joined([leaves[place] for place in kind]) for kind in self.kinds)
         return PackedLeaves(flat, masked(self.others, None, leaves, self.structure))
 
-    def unpack(self, name: str, count: Any, tree: PackedLeaves, dtypes: Sequence[Any] | None = None) -> Any:
-        """The tree that a packed one stands for; the leaves of flat arrays in these dtypes, or theirs."""
+    def unpack(self, name: str, count: Any, tree: PackedLeaves, like: Sequence[Any] | None = None) -> Any:
+        """The tree that a packed one stands for; the leaves of flat arrays in the dtypes of these, or theirs."""
         leaves = column(f"{name}.others", tree.others, self.structure)
         for kind, flat in zip(self.kinds, tree.packed, strict=True):
             if not isinstance(flat, optax.MaskedNode):
-                own = [trees.dtype_of(flat) if dtypes is None else dtypes[place] for place in kind]
-                parts = _split(tuple(self.shapes[place] for place in kind), tuple(own), count, flat)
+                own = tuple(trees.dtype_of(flat if like is None else like[place]) for place in kind)
+                parts = _split(tuple(self.shapes[place] for place in kind), own, count, flat)
                 for place, part in zip(kind, parts, strict=True):
-                    leaves[place] = part
+                    leaves[place] = part if like is None else meshes.divided_like(like[place], part)
         return self.structure.unflatten(leaves)
 
     def check(self, name: str, tree: Any) -> None:
@@ -74,7 +74,9 @@ class Layout:
         if not isinstance(tree, PackedLeaves):
             raise TypeError(f"{name} is not packed; make a packed state of a plain one with pack_state")
         if len(tree.packed) != len(self.kinds):
-            raise ValueError(f"{name} has {len(tree.packed)} packed arrays, here it has {len(self.kinds)}; {_ANEW}")
+            raise ValueError(
+                f"{name} has {len(tree.packed)} packed arrays, here it has {len(self.kinds)}; {trees.ANEW}"
+            )
         for place, (kind, flat) in enumerate(zip(self.kinds, tree.packed, strict=True)):
             size = sum(int(np.prod(self.shapes[i])) for i in kind)
             if not isinstance(flat, optax.MaskedNode) and trees.aval(flat)[0] != (size,):
@@ -82,11 +84,8 @@ class Layout:
                 rest = f" and {len(kind) - 1} more" if len(kind) > 1 else ""
                 raise ValueError(
                     f"{name}.packed[{place}] is {trees.describe(flat)}, for {first}{rest} its shape is [{size}]; "
-                    f"{_ANEW}"
+                    f"{trees.ANEW}"
                 )
-
-
-_ANEW = "call init(params) again"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -102,11 +101,11 @@ class Packed(Wrapper):
 
     def init(self, params: Any) -> Any:
         leaves, structure = trees.flatten("params", params)
-        layout, program = self.layout(params, leaves, structure)
-        if not layout.kinds:
+        packing, program = self.packing(params, leaves, structure)
+        if not packing.kinds:
             return self.tx.init(params)
-        small, others = layout.pack(leaves)
-        return program.init(PackedLeaves(tuple(_everywhere(flat, leaves) for flat in small), others))
+        small, others = packing.pack(leaves)
+        return program.init(PackedLeaves(tuple(meshes.put_beside(flat, leaves) for flat in small), others))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         return self.guarded(updates, state, params, call, None)
@@ -122,24 +121,24 @@ class Packed(Wrapper):
         if params is None:
             raise ValueError(f"{self.name} needs the parameters: call update(updates, state, params)")
         leaves = Leaves.of(updates, params)
-        layout, program = self.layout(params, leaves.params, leaves.structure)
-        if not layout.kinds:
+        packing, program = self.packing(params, leaves.params, leaves.structure)
+        if not packing.kinds:
             return getattr(self.tx, how)(updates, state, params, call, taken)
-        self._check(state, layout, leaves)
-        small = layout.pack(leaves.updates), state, layout.pack(leaves.params)
+        self._check(state, packing, leaves)
+        small = packing.pack(leaves.updates), state, packing.pack(leaves.params)
         result, new_state, report = getattr(program, how)(*small, call, taken)
-        return layout.unpack("updates", state.count, result, leaves.final), new_state, report
+        return packing.unpack("updates", state.count, result, leaves.params), new_state, report
 
-    def _check(self, state: Any, layout: Layout, leaves: Leaves) -> None:
+    def _check(self, state: Any, packing: Packing, leaves: Leaves) -> None:
         """Raise unless the state is packed like this, and the leaves of an array are sharded alike in `shard_map`."""
         if isinstance(state, self.tx.state_type):
             for name in self.moments:
-                layout.check(f"state.{name}", getattr(state, name))
-        for kind in layout.kinds:
-            for some in (leaves.updates, leaves.params):
-                varying = {trees.varying_over(some[place]): place for place in kind}
+                packing.check(f"state.{name}", getattr(state, name))
+        for kind in packing.kinds:
+            for tree, some in (("updates", leaves.updates), ("params", leaves.params)):
+                varying = {meshes.varying_over(some[place]): place for place in kind}
                 if len(varying) > 1:
-                    one, other = (trees.name_leaf("updates", leaves.structure, i) for i in list(varying.values())[:2])
+                    one, other = (trees.name_leaf(tree, leaves.structure, i) for i in list(varying.values())[:2])
                     raise ValueError(
                         f"{one} and {other} vary over different mesh axes, and {self.name} makes one array of them; "
                         "average the gradients first, or pack outside shard_map"
@@ -150,7 +149,7 @@ class Packed(Wrapper):
         """The fields of the state that are trees like the parameters."""
         return [name for segment in self.tx.segments if isinstance(segment, Segment) for name in segment.fields]
 
-    def layout(self, params: Any, leaves: list[Any], structure: Any) -> tuple[Layout, Program]:
+    def packing(self, params: Any, leaves: list[Any], structure: Any) -> tuple[Packing, Program]:
         """Which leaves are packed, and what is done with the packed tree: known from shapes, dtypes and masks."""
         selection = self.tx.select(params, leaves, structure)
         rules = [selection.rules_by_leaf(segment.rules) for segment in self.tx.segments if isinstance(segment, Segment)]
@@ -174,11 +173,11 @@ class Packed(Wrapper):
             )
         inside = {place for kind in kinds.values() for place in kind}
         others = [place not in inside for place in range(len(leaves))]
-        layout = Layout(structure, [trees.aval(leaf)[0] for leaf in leaves], list(kinds.values()), others)
+        packing = Packing(structure, [trees.aval(leaf)[0] for leaf in leaves], list(kinds.values()), others)
         seen = [*(kind[0] for kind in kinds.values()), *(place for place, stays in enumerate(others) if stays)]
         chosen = {mask: [flags[place] for place in seen] for mask, flags in selection.chosen.items()}
         frozen = [selection.frozen[place] for place in seen]
-        return layout, Resolved(self.tx.stages, Selection(chosen, frozen, {}))
+        return packing, Resolved(self.tx.stages, Selection(chosen, frozen, {}))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -201,7 +200,7 @@ def _joined(leaves: list[Any]) -> Any:
     holes = [isinstance(leaf, optax.MaskedNode) for leaf in leaves]
     if any(holes):
         if not all(holes):
-            raise ValueError(f"the state has leaves that this transformation's has not, or the reverse; {_ANEW}")
+            raise ValueError(f"the state has leaves that this transformation's has not, or the reverse; {trees.ANEW}")
         return HOLE
     dtypes = {trees.dtype_of(leaf) for leaf in leaves}
     dtype = dtypes.pop() if len(dtypes) == 1 else trees.compute_dtype(*dtypes)
@@ -212,7 +211,10 @@ def _joined(leaves: list[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _concatenated(dtype: Any, leaves: list[Any]) -> jax.Array:
-    return jnp.concatenate([numerics.cast(leaf, dtype).reshape(-1) for leaf in leaves])
+    def on_whole(leaves: list[Any]) -> jax.Array:
+        return jnp.concatenate([numerics.cast(leaf, dtype).reshape(-1) for leaf in leaves])
+
+    return meshes.partitioned(on_whole, PartitionSpec(), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -230,12 +232,3 @@ def _split(shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...], count: 
 
 def _slice(flat: Any, start: Any, size: int) -> jax.Array:
     return jax.lax.dynamic_slice(flat, (start,), (size,), allow_negative_indices=False)
-
-
-def _everywhere(flat: Any, leaves: list[Any]) -> Any:
-    """A flat array on all devices of the mesh of the leaves, if they are on one."""
-    if isinstance(flat, jax.ShapeDtypeStruct) or not trees.concrete(flat):
-        return flat
-    shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
-    meshes = [some.mesh for some in shardings if isinstance(some, NamedSharding) and isinstance(some.mesh, Mesh)]
-    return jax.device_put(flat, NamedSharding(meshes[0], PartitionSpec())) if meshes else flat

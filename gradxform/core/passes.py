@@ -12,13 +12,13 @@ import numpy as np
 import optax
 
 from gradxform import numerics
+from gradxform.core import meshes, trees
 from gradxform.core import rules as one_array
-from gradxform.core import trees
 from gradxform.core.arguments import visible_dtype
 from gradxform.core.body import Alone, Call, Report
 from gradxform.core.coded import Coded, coded_update
 from gradxform.core.compiled import How, gathered, landed, on_batch, on_leaf, owned_slots, prepared, slot_avals
-from gradxform.core.leaves import HOLE, Leaves, column, masked, widened
+from gradxform.core.leaves import HOLE, Leaves, column, kind_of, masked, widened
 from gradxform.core.masks import Mask
 from gradxform.core.rules import NOTHING, Rule, Scalars
 from gradxform.core.stages import Foreign
@@ -111,10 +111,20 @@ class Selection:
 def initial_fields(segment: Segment, selection: Selection, leaves: list[Any], structure: Any) -> dict[str, Any]:
     """The segment's part of the state."""
     rules = selection.rules_by_leaf(segment.rules)
-    slots = [jax.tree.leaves(one_array.init(some, widened(leaf))) for some, leaf in zip(rules, leaves, strict=True)]
+    slots = [_initial_slots(some, leaf) for some, leaf in zip(rules, leaves, strict=True)]
     fields = _fields(segment, _owned_by_leaf(segment, rules), slots, structure)
     initial = (jnp.asarray(value, visible_dtype()) for _, value in segment.rules[0].memory)
     return fields | dict(zip(segment.memory, initial, strict=True))
+
+
+def _initial_slots(rules: tuple[Rule, ...], leaf: Any) -> list[Any]:
+    """The state of one leaf, each array its own: a step may be given none twice, nor the parameter, if it donates."""
+    own: dict[int, Any] = {id(leaf): leaf}
+    slots: list[Any] = []
+    for slot in jax.tree.leaves(one_array.init(rules, widened(leaf))):
+        slots.append(jnp.array(slot) if id(slot) in own else slot)
+        own[id(slot)] = slot
+    return slots
 
 
 def run_foreign(
@@ -128,9 +138,9 @@ def run_foreign(
     if params is not None:
         params = masked(acts, params, leaves.params, leaves.structure)
     new, new_state, report = body.guarded(updates, getattr(state, segment.field), params, call, taken)
-    new_leaves, structure = trees.flatten("updates", new)
-    remedy = "every stage must keep the structure of its updates"
-    trees.check_same_structure("updates", structure, "params", jax.tree.structure(updates), remedy)
+    who, remedy = f"{segment.stage!r}: new updates", "every stage must keep the structure"
+    new_leaves, structure = trees.flatten(who, new)
+    trees.check_same_structure(who, structure, "updates", jax.tree.structure(updates), remedy)
     remaining = iter(new_leaves)
     merged = [
         next(remaining) if act else _untouched("wide", None, old, None, taken)
@@ -138,7 +148,9 @@ def run_foreign(
     ]
     final = list(leaves.final)
     for index, (act, one) in enumerate(zip(acts, merged, strict=True)):
-        trees.check_update("updates", one, leaves.updates[index], leaves.structure, index)
+        trees.check_update(
+            who, one, leaves.updates[index], leaves.structure, index, "updates", "real updates must stay real"
+        )
         if act and body.lands:
             final[index] = trees.dtype_of(one)
     return dataclasses.replace(leaves, updates=merged, final=final), new_state, report
@@ -170,7 +182,7 @@ def run_rules(
             results[place] = _untouched(how, dtype, update, param, taken), ()
         elif len(places) > 1:
             columns = [[column[i] for i in places] for column in (own, leaves.updates, slots, leaves.params)]
-            for i, result in zip(places, on_batch(some)(*kind, *columns, taken), strict=True):
+            for i, *result in zip(places, *on_batch(some)(*kind, *columns, taken), strict=True):
                 results[i] = result
         else:
             run = coded_update if any(isinstance(slot, Coded) for slot in slots[place]) else on_leaf
@@ -190,7 +202,7 @@ def _check_leaves(segment: Segment, rules: list[tuple[Rule, ...]], leaves: Leave
                     name = trees.name_leaf("updates", leaves.structure, index)
                     raise ValueError(f"{inner.name}: {name} {problem}")
                 if inner.whole:
-                    trees.check_whole(update, rule.name, leaves.structure, index)
+                    meshes.check_whole(update, rule.name, leaves.structure, index)
 
 
 def _together(rules: list[tuple[Rule, ...]], leaves: Leaves, slots: list[tuple[Any, ...]]) -> list[list[int]]:
@@ -203,8 +215,7 @@ def _together(rules: list[tuple[Rule, ...]], leaves: Leaves, slots: list[tuple[A
         gains = None in wanted[id(some)] and jax.default_backend() != "cpu" and np.size(update) <= _LARGEST_BATCHED
         kind: Any = place
         if (True in wanted[id(some)] or gains) and not any(isinstance(one, Coded) for one in slot):
-            given = update, leaves.params[place], *slot
-            avals = tuple(None if one is None else trees.aval(one) for one in given)
+            avals = tuple(None if one is None else kind_of(one) for one in (update, leaves.params[place], *slot))
             kind = id(some), leaves.arithmetic[place], leaves.final[place], avals
         groups.setdefault(kind, []).append(place)
     return list(groups.values())
@@ -263,12 +274,9 @@ def _slots_by_leaf(
                 trees.check_slot(field, slot, expected[kind][own[place]], leaves.structure, index, check_dtype=known)
             elif not isinstance(slot, optax.MaskedNode):
                 name = trees.name_leaf(field, leaves.structure, index)
-                raise ValueError(f"{name} is {trees.describe(slot)}, but this leaf has no such state; {_ANEW}")
+                raise ValueError(f"{name} is {trees.describe(slot)}, but this leaf has no such state; {trees.ANEW}")
         by_leaf.append(tuple(slots[place] for place in own))
     return by_leaf
-
-
-_ANEW = "call init(params) again"
 
 
 def _scalars(

@@ -10,37 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 _BOX = jax.tree_util.GetAttrKey("value")
+
+ANEW = "call init(params) again"
+"""What an error says to do about a state that does not fit."""
 
 Path = tuple[Any, ...]
 Aval = tuple[tuple[int, ...], np.dtype[Any] | None]
 
 
+_REAL_PART = "take the real part of the gradient first"
+
+
 def concrete(value: Any) -> bool:
     """Whether the numbers of `value` can be looked at now."""
     return not isinstance(value, Tracer)
-
-
-def spread(state: Any, params: Any) -> Any:
-    """The state with what `init` made from nothing on all devices of the parameters' mesh, if they are on one.
-
-    A scalar on one device beside arrays on a mesh would be traced anew when it comes back from a step, and a checkpoint
-    would bring it back bound to that device.
-    """
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params) if concrete(leaf)]
-    meshes = [some.mesh for some in shardings if isinstance(some, NamedSharding) and isinstance(some.mesh, Mesh)]
-    if not meshes:
-        return state
-    everywhere = NamedSharding(meshes[0], PartitionSpec())
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or not concrete(leaf) or leaf.committed:
-            return leaf
-        return jax.device_put(leaf, everywhere) if isinstance(leaf.sharding, SingleDeviceSharding) else leaf
-
-    return jax.tree.map(one, state)
 
 
 def unless(taken: Any, old: Any, new: Any) -> Any:
@@ -88,50 +73,6 @@ def is_complex(dtype: np.dtype[Any] | None) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.complexfloating))
 
 
-def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structure: Any, index: int) -> tuple[str, ...]:
-    """The axes in `axis_name` over which a leaf inside `shard_map` or `pmap` is one shard of several.
-
-    Raises if it is sharded over others. Where JAX does not track what varies, under `pmap` or ``check_vma=False``,
-    every leaf counts as sharded over all of `axis_name`.
-    """
-    if axis_name == ():
-        return ()
-    varying = varying_over(leaf)
-    strange = varying.difference(axis_name or ())
-    if strange:
-        raise ValueError(
-            f"{name_leaf('updates', structure, index)} varies over the mesh axis {', '.join(sorted(strange))}, and "
-            f"{who} would see one shard of it: say axis_name={sorted(varying)}, or average the gradients first if "
-            "they are of different batches; axis_name=() takes each shard by itself"
-        )
-    if axis_name is None:
-        return ()
-    return tracked(axis_name, varying)
-
-
-def tracked(axes: tuple[str, ...], varying: frozenset[str]) -> tuple[str, ...]:
-    """Those of `axes` over which an array varies: all where JAX does not track it."""
-    return tuple(axis for axis in axes if axis in varying or not varying_over(jax.lax.axis_index(axis)))
-
-
-def check_whole(leaf: Any, who: str, structure: Any, index: int) -> None:
-    """Raise if a leaf inside `shard_map` is one shard of several."""
-    if varying := varying_over(leaf):
-        raise ValueError(
-            f"{name_leaf('updates', structure, index)} varies over the mesh axis {', '.join(sorted(varying))}, and "
-            f"{who} needs whole arrays; let jit shard it, or average the gradients first"
-        )
-
-
-def varying_over(x: Any) -> frozenset[str]:
-    """The mesh axes over which JAX knows an array to differ."""
-    if concrete(x):
-        return frozenset()
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)  # JAX 0.10.2 and later; before, `vma`
-    return getattr(manual, "varying", None) or getattr(kind, "vma", None) or frozenset()
-
-
 def flatten(argument: str, tree: Any) -> tuple[list[Any], Any]:
     """Leaves and structure of a tree whose leaves must be floating-point or complex arrays."""
     leaves, structure = jax.tree.flatten(tree)
@@ -157,15 +98,17 @@ def check_same_structure(argument: str, structure: Any, other: str, other_struct
     raise ValueError(f"{what}; {remedy}")
 
 
-def check_update(argument: str, update: Any, param: Any, structure: Any, index: int) -> None:
+def check_update(
+    argument: str, update: Any, param: Any, structure: Any, index: int, other: str = "params", remedy: str = _REAL_PART
+) -> None:
     """Raise unless an update has its parameter's shape, and is real where the parameter is."""
     (shape, dtype), (param_shape, param_dtype) = aval(update), aval(param)
     if shape == param_shape and (dtype == param_dtype or not is_complex(dtype) or is_complex(param_dtype)):
         return
-    name, param_name = name_leaf(argument, structure, index), name_leaf("params", structure, index)
+    name, param_name = name_leaf(argument, structure, index), name_leaf(other, structure, index)
     if shape != param_shape:
         raise ValueError(f"{name} has shape {shape}, {param_name} has {param_shape}; they must be the same")
-    raise TypeError(f"{name} is {dtype}, {param_name} is {param_dtype}; take the real part of the gradient first")
+    raise TypeError(f"{name} is {dtype}, {param_name} is {param_dtype}; {remedy}")
 
 
 def check_scalar(argument: str, value: Any, kind: Any) -> None:
@@ -185,7 +128,7 @@ def check_slot(argument: str, slot: Any, expected: Aval, structure: Any, index: 
     if shape != expected[0] or not same:
         raise ValueError(
             f"{name_leaf(argument, structure, index)} is {describe(slot)}, for these parameters it is "
-            f"{expected[1]}{list(expected[0])}; call init(params) again, or restore the state with its own dtypes"
+            f"{expected[1]}{list(expected[0])}; {ANEW}, or restore the state with its own dtypes"
         )
 
 

@@ -15,6 +15,7 @@ from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
 from gradxform.core.hyperparameters import live
 from gradxform.core.leaves import Leaves, masked, trained, trained_leaves
 from gradxform.core.lift import lift
+from gradxform.core.meshes import divided_like
 from gradxform.core.norms import all_finite
 from gradxform.core.rules import Array, Slots, Step
 from gradxform.core.state import check_state_type, inner_hyperparams
@@ -103,7 +104,10 @@ class Accumulate(Wrapper):
             return leaves.structure.unflatten(given), inner, report
 
         like = leaves.updates if params is None else leaves.params
-        nothing = [no_update(jnp.zeros_like(one, dtype=dtype)) for one, dtype in zip(like, dtypes, strict=True)]
+        nothing = [
+            divided_like(one, no_update(jnp.zeros_like(one, dtype=dtype)))
+            for one, dtype in zip(like, dtypes, strict=True)
+        ]
         return self._when_due(due, leaves.structure.unflatten(nothing), seen)
 
     def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:

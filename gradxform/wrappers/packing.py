@@ -11,7 +11,7 @@ from gradxform.core import trees
 from gradxform.core.arguments import count_of
 from gradxform.core.body import Body, Transformation, Wrapper, body_of
 from gradxform.core.leaves import column
-from gradxform.core.packing import Layout, Packed
+from gradxform.core.packing import Packed, Packing
 from gradxform.core.packing import PackedLeaves as PackedLeaves
 from gradxform.core.program import Program
 from gradxform.core.rules import Rule
@@ -82,16 +82,16 @@ def unpack_state(tx: optax.GradientTransformation, state: Any, params: Any) -> A
 
     Example: see `packed`.
     """
-    body, layout = _found("unpack_state", tx, params)
+    body, packing = _found("unpack_state", tx, params)
 
     def unpacked(node: Any) -> Any:
         if not isinstance(node, body.tx.state_type):
             return node
-        if layout.kinds:
+        if packing.kinds:
             for name in body.moments:
-                layout.check(f"state.{name}", getattr(node, name))
+                packing.check(f"state.{name}", getattr(node, name))
         return node._replace(
-            **{n: layout.unpack(f"state.{n}", node.count, getattr(node, n)) for n in _moments(body, layout)}
+            **{n: packing.unpack(f"state.{n}", node.count, getattr(node, n)) for n in _moments(body, packing)}
         )
 
     return _mapped("unpack_state", body, unpacked, state)
@@ -116,41 +116,41 @@ def pack_state(tx: optax.GradientTransformation, state: Any, params: Any) -> Any
       >>> print(gx.pack_state(gx.packed(gx.adamw(1e-3)), state, params).nu.packed[0])
       [0. 0. 0. 0. 0. 0. 0.]
     """
-    body, layout = _found("pack_state", tx, params)
+    body, packing = _found("pack_state", tx, params)
 
     def packed_one(name: str, tree: Any) -> PackedLeaves:
         if isinstance(tree, PackedLeaves):
             raise TypeError(f"state.{name} is packed already")
-        slots = column(f"state.{name}", tree, layout.structure)
+        slots = column(f"state.{name}", tree, packing.structure)
         for place, slot in enumerate(slots):
-            shape = layout.shapes[place]
+            shape = packing.shapes[place]
             if not isinstance(slot, optax.MaskedNode) and trees.aval(slot)[0] != shape:
-                where = trees.name_leaf(f"state.{name}", layout.structure, place)
+                where = trees.name_leaf(f"state.{name}", packing.structure, place)
                 raise ValueError(f"{where} is {trees.describe(slot)}, for these parameters its shape is {list(shape)}")
-        return layout.pack(slots)
+        return packing.pack(slots)
 
     def one(node: Any) -> Any:
         if not isinstance(node, body.tx.state_type):
             return node
-        return node._replace(**{name: packed_one(name, getattr(node, name)) for name in _moments(body, layout)})
+        return node._replace(**{name: packed_one(name, getattr(node, name)) for name in _moments(body, packing)})
 
     return _mapped("pack_state", body, one, state)
 
 
-def _moments(body: Packed, layout: Layout) -> list[str]:
+def _moments(body: Packed, packing: Packing) -> list[str]:
     """The fields in which the packed state differs."""
-    return body.moments if layout.kinds else []
+    return body.moments if packing.kinds else []
 
 
-def _found(name: str, tx: Any, params: Any) -> tuple[Packed, Layout]:
-    """What packs in a transformation, and the layout for these parameters."""
+def _found(name: str, tx: Any, params: Any) -> tuple[Packed, Packing]:
+    """What packs in a transformation, and the packing for these parameters."""
     body: Body = body_of(f"tx of {name}", tx)
     while isinstance(body, Wrapper) and not isinstance(body, Packed):
         body = body.tx
     if not isinstance(body, Packed):
         raise TypeError(f"{name} needs what gx.packed(…) returns, or that in wrappers, got {tx!r}")
     leaves, structure = trees.flatten("params", params)
-    return body, body.layout(params, leaves, structure)[0]
+    return body, body.packing(params, leaves, structure)[0]
 
 
 def _mapped(name: str, body: Packed, function: Any, state: Any) -> Any:

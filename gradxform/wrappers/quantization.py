@@ -20,9 +20,10 @@ from gradxform.codecs import CODECS, Codec
 from gradxform.core import trees
 from gradxform.core.arguments import count_of
 from gradxform.core.body import Alone, Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.coded import Coded, decoded, encoded, on_devices_of
+from gradxform.core.coded import Coded, decoded, encoded
 from gradxform.core.fields import KINDS, KNOWN, Fields, checked_fields, names_of
 from gradxform.core.leaves import Leaves, trained_leaves, widened
+from gradxform.core.meshes import put_like
 from gradxform.core.program import Program
 from gradxform.core.state import check_state_type, inner_hyperparams
 from gradxform.core.trees import unless
@@ -186,8 +187,8 @@ class QuantizeState(Wrapper):
         def encode(number: int, codec: Codec, value: Any) -> tuple[Any, Any]:
             if isinstance(value, Coded):
                 return value.codes, value.scales
-            pair = encoded(codec, value, self._seed(seed, number))
-            return on_devices_of(value, *pair) if placed else pair
+            codes, scales = encoded(codec, value, self._seed(seed, number))
+            return jax.tree.map(functools.partial(put_like, value), (codes, scales)) if placed else (codes, scales)
 
         return QuantizedState(seed, *found.closed(inner, structure, encode))
 
@@ -200,11 +201,28 @@ class QuantizeState(Wrapper):
     def coded_fields(self, leaves: list[Any], structure: Any) -> Fields:
         """The fields of the state, for parameters of these shapes."""
         avals = tuple(map(trees.aval, leaves))
-        try:
-            hash(self)
-        except TypeError:  # what is wrapped is not hashable
-            return _coded_fields.__wrapped__(self, structure, avals)
-        return _coded_fields(self, structure, avals)
+        if (structure, avals) not in self._known:
+            self._known[structure, avals] = self._found(structure, avals)
+        return self._known[structure, avals]
+
+    @functools.cached_property
+    def _known(self) -> dict[Any, Fields]:
+        """What `coded_fields` has found; it goes with the transformation, which may hold a tracer as learning rate."""
+        return {}
+
+    def _found(self, structure: Any, avals: tuple[trees.Aval, ...]) -> Fields:
+        def codec_of(name: str, aval: trees.Aval) -> Codec | None:
+            return self.codec_of(name) if self.fits(aval) else None
+
+        shapes = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals])
+        state = jax.eval_shape(lambda params: self.tx.init(self.seen(params)), shapes)
+        found = Fields.of(state, structure, avals, codec_of)
+        for name, _ in self.fields:
+            if not any(name in names_of(path) for path in found.names):
+                raise ValueError(
+                    f"fields names {name!r}, which is no field of the state of {self.tx!r}; it has {found.names}"
+                )
+        return found
 
     def _coded_fields_for(self, updates: Any, params: Any) -> Fields:
         return self.coded_fields(*jax.tree.flatten(updates if params is None else params))
@@ -230,19 +248,3 @@ class QuantizeState(Wrapper):
 
 def _decoded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Array:
     return decoded(codec, aval, codes, scales)
-
-
-@functools.lru_cache(maxsize=256)
-def _coded_fields(body: QuantizeState, structure: Any, avals: tuple[trees.Aval, ...]) -> Fields:
-    def codec_of(name: str, aval: trees.Aval) -> Codec | None:
-        return body.codec_of(name) if body.fits(aval) else None
-
-    shapes = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals])
-    state = jax.eval_shape(lambda params: body.tx.init(body.seen(params)), shapes)
-    found = Fields.of(state, structure, avals, codec_of)
-    for name, _ in body.fields:
-        if not any(name in names_of(path) for path in found.names):
-            raise ValueError(
-                f"fields names {name!r}, which is no field of the state of {body.tx!r}; it has {found.names}"
-            )
-    return found
