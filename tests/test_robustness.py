@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import gc
+import pickle
 import re
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -16,6 +19,7 @@ import pytest
 from jax.core import Tracer
 
 import gradxform as gx
+from gradxform.core.state import state_type
 from tests.strategies import OPTIMIZERS, STEPS, WITHOUT_EPS, assert_same, walk
 
 EVERY = OPTIMIZERS | {f"{name}, eps=0": tx for name, tx in WITHOUT_EPS.items()}
@@ -390,3 +394,114 @@ def test_the_state_of_another_guard_is_refused(other):
     tx, params = gx.skip_spikes(gx.sgd(0.1), window=16, watch="both"), jnp.ones(2)
     with pytest.raises(ValueError, match=r"state\.(norms|losses) .* init\(params\) again"):
         tx.update(params, other.init(params), params, value=1.0)
+
+
+# What rules and other libraries give
+
+
+def kept(update: Any, state: Any, param: Any, step: Any) -> Any:
+    return update, state
+
+
+def test_a_rule_whose_state_starts_as_the_parameter_may_be_donated():
+    def init(param):
+        zero = jnp.zeros_like(param)
+        return {"first": param, "one": zero, "other": zero}
+
+    tx, params = gx.lift(init, kept), {"a": jnp.ones(3)}
+    step = jax.jit(lambda params, state, grads: gx.step(tx, grads, state, params), donate_argnums=(0, 1))
+    _, state = step(params, tx.init(params), {"a": jnp.ones(3)})
+    assert_same(state.first, {"a": jnp.ones(3)})
+
+
+def test_a_rule_may_keep_what_x64_makes_wider():
+    tx = gx.lift(lambda param: {"m": jnp.zeros(param.shape, float)}, kept)
+    for x64, dtype in ((False, jnp.float32), (True, jnp.float64), (False, jnp.float32)):
+        with jax.enable_x64(x64):
+            params = jnp.ones(3, jnp.float32)
+            _, state = tx.update(params, tx.init(params), params)
+            assert state.m.dtype == dtype
+
+
+def test_coded_states_of_a_rate_that_is_traced_leak_no_tracer(no_tracer_stays):
+    def run(params, rate):
+        tx = gx.quantize_state(gx.adamw(gx.live(rate)))
+        return tx.update(params, tx.init(params), params)
+
+    with jax.checking_leaks():
+        jax.jit(run)(jnp.ones(4096), 0.1)
+
+
+def test_wrappers_that_have_run_are_pickled():
+    tx, params = gx.quantize_state(gx.adamw(0.1)), jnp.ones(4096)
+    state = tx.init(params)
+    again = pickle.loads(pickle.dumps(tx))
+    assert again == tx
+    assert_same(again.update(params, state, params), tx.update(params, state, params))
+
+
+def test_updates_of_another_library_may_be_wider_than_the_parameters():
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda leaf: 0.1 * leaf.astype(jnp.float64), updates), state
+
+    with jax.enable_x64(True):
+        params = {"narrow": jnp.ones(4, jnp.bfloat16), "usual": jnp.ones(4, jnp.float32)}
+        for tx in (gx.master_weights((lambda params: (), update)), gx.compensated((lambda params: (), update))):
+            state = tx.init(params)
+            updates, new = tx.update(params, state, params)
+            assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+            assert jax.tree.map(jnp.result_type, new) == jax.tree.map(jnp.result_type, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda leaf: leaf.sum(), r"\(…\): new updates\['w'\] has shape \(\), updates\['w'\] has \(3,\)"),
+        (lambda leaf: leaf.astype(complex), r"new updates\['w'\] is complex64, .* real updates must stay real"),
+        (lambda leaf: {"x": leaf}, r"new updates\['w'\] is missing, updates\['w'\] is there; every stage must keep"),
+    ],
+    ids=["shape", "complex", "structure"],
+)
+def test_a_stage_of_another_library_that_breaks_its_updates_is_named(change, message):
+    def update(updates, state, params=None):
+        return jax.tree.map(change, updates), state
+
+    tx, params = gx.chain(gx.sgd(0.1), (lambda params: (), update)), {"w": jnp.ones(3)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        tx.update(params, tx.init(params), params)
+
+
+def test_the_state_of_another_low_precision_wrapper_is_refused():
+    params, wrappers = (
+        jnp.ones(3, jnp.bfloat16),
+        (gx.master_weights(gx.sgd(0.1)), gx.stochastic_rounding(gx.sgd(0.1), 0)),
+    )
+    for tx, other in (wrappers, wrappers[::-1]):
+        with pytest.raises(ValueError, match="another wrapper's, or of other parameters; call init"):
+            tx.update(params, other.init(params), params)
+
+
+def test_threads_make_one_class_of_a_state():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(20):
+            start = threading.Barrier(8)
+
+            def make(number: int = number, start: Any = start) -> Any:
+                start.wait()
+                return state_type((f"moment_{number}",), ())
+
+            with concurrent.futures.ThreadPoolExecutor(8) as threads:
+                made = [one.result() for one in [threads.submit(make) for _ in range(8)]]
+            assert len(set(made)) == 1
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("size", [3, 70_000])
+def test_the_norm_of_complex_numbers_beyond_the_largest_float_counts_as_it(size):
+    tx, z = gx.clip_by_global_norm(1.0), jnp.full(size, 3e38 + 3e38j, jnp.complex64)
+    updates, _ = tx.update(z, tx.init(z))
+    # one over the largest float would be flushed to zero: the smallest factor is the smallest normal number
+    np.testing.assert_allclose(updates.real, 3e38 * np.finfo(np.float32).smallest_normal, rtol=1e-6)

@@ -77,7 +77,8 @@ def lift(
 
     Args:
       init: ``init(param)`` gives the state for one array, a dict of arrays by name; `no_slots` if there is
-        none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment.
+        none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment. It is also
+        called on shapes alone, of no axes or any number, for the names and shapes of what it gives.
       update: ``update(update, state, param, step)`` gives the new update, of the same shape, and the new
         state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
         update; ``step.<name>`` is the current value of an argument. ``step.keep``, see `Step`, saves memory.

@@ -99,7 +99,7 @@ class LowPrecision(Wrapper):
         new = [
             _landed(bare, trees.dtype_of(param), param, residual, value, step, state.seed, np.uint32(place))
             if is_narrow
-            else (step, HOLE)
+            else (cast(step, trees.dtype_of(param)), HOLE)
             for place, (param, residual, value, step, is_narrow) in enumerate(
                 zip(leaves.params, residuals, wide, steps, narrow, strict=True)
             )
@@ -122,8 +122,9 @@ class LowPrecision(Wrapper):
             expected = is_narrow and self.residual_dtype is not None
             if isinstance(residual, optax.MaskedNode) == expected:
                 name = trees.name_leaf("params", leaves.structure, index)
+                why = _ANOTHERS if is_narrow else _PROMOTED
                 raise ValueError(
-                    f"{name} is {trees.describe(leaves.params[index])}, which the state was not made for; {_PROMOTED}"
+                    f"{name} is {trees.describe(leaves.params[index])}, which the state was not made for; {why}"
                 )
             if expected:
                 aval = trees.aval(leaves.params[index])[0], np.dtype(self.residual_dtype)
@@ -135,6 +136,7 @@ _PROMOTED = (
     "if it was before, something made it wider, as equinox.apply_updates does: "
     "add updates with gradxform's or optax's apply_updates"
 )
+_ANOTHERS = f"the state is another wrapper's, or of other parameters; {trees.ANEW}"
 
 
 _NOTHING = Alone(optax.identity())
@@ -153,7 +155,7 @@ def _landed(
 ) -> tuple[Array, Any]:
     """The difference to the number chosen, and the new residual."""
     with jax.numpy_dtype_promotion("standard"):
-        param, new = cast(param, jnp.float32), value + update
+        param, new = cast(param, jnp.float32), value + cast(update, jnp.float32)
         bits = random_bits(seed_for(seed, place), value.shape)
         target, kept = form.split(new, dtype, bits)
         stays = new == value

@@ -30,8 +30,11 @@ class Program(Body):
     """Stages, and everything derived from them once: names, segments, the class of the state."""
 
     stages: tuple[Stage, ...]
+    flat: list[Rule | Foreign] = dataclasses.field(init=False, compare=False, repr=False)
+    """The stages, groups resolved: once, for a selection knows some of them by their identity."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "flat", expanded(self.stages))
         for stage, following in itertools.pairwise(self.stages):
             if Program((stage,)).lands:
                 raise TypeError(
@@ -40,11 +43,6 @@ class Program(Body):
                 )
 
     # What is derived from the stages
-
-    @functools.cached_property
-    def flat(self) -> list[Rule | Foreign]:
-        """The stages, groups resolved."""
-        return expanded(self.stages)
 
     @functools.cached_property
     def lands(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -15,9 +16,17 @@ from gradxform.core.arguments import Range, check_range, check_real
 from gradxform.core.trees import concrete
 
 
-@functools.cache
 def state_type(slots: tuple[str, ...], live: tuple[tuple[str, Range], ...]) -> Any:
     """The class ``State(count, hyperparams, *slots)``; `live` names what `set_hyperparams` may set."""
+    with _ONE_AT_A_TIME:  # two threads would make two classes, and each refuse the states of the other
+        return _state_type(slots, live)
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@functools.cache
+def _state_type(slots: tuple[str, ...], live: tuple[tuple[str, Range], ...]) -> Any:
     fields = collections.namedtuple("State", ("count", "hyperparams", *slots))  # pyright: ignore[reportUntypedNamedTuple] (its fields are known only now)
 
     class State(fields):

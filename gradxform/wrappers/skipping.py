@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from gradxform.core.compiled import increment
 from gradxform.core.leaves import Leaves, trained_leaves
 from gradxform.core.norms import all_finite, global_norm
 from gradxform.core.state import check_state_type, inner_hyperparams
-from gradxform.core.trees import aval, describe
+from gradxform.core.trees import ANEW, aval, describe
 from gradxform.numerics import cast
 
 _LOG = logging.getLogger("gradxform")
@@ -205,10 +205,14 @@ class SkipSpikes(_Skip):
     watch: str = "norm"
 
     def empty(self) -> dict[str, Any]:
-        norms, losses = (
-            jnp.zeros(self.window, jnp.float32) if self.watch in (which, "both") else None for which in ("norm", "loss")
-        )
-        return {"norms": norms, "losses": losses, "seen": jnp.zeros((), jnp.int32)}
+        kinds = {"norms": jnp.float32, "losses": jnp.float32, "seen": jnp.int32}
+        shapes = self._shapes().items()
+        return {name: None if shape is None else jnp.zeros(shape, kinds[name]) for name, shape in shapes}
+
+    def _shapes(self) -> Mapping[str, tuple[int, ...] | None]:
+        """Of what is recorded; None where it is not watched."""
+        watched = {"norms": ("norm", "both"), "losses": ("loss", "both")}
+        return {name: (self.window,) if self.watch in some else None for name, some in watched.items()} | {"seen": ()}
 
     def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
         self._check(state)
@@ -225,13 +229,12 @@ class SkipSpikes(_Skip):
 
     def _check(self, state: SkipState) -> None:
         """Raise unless the state is of this window, and of what is watched."""
-        for name, expected in self.empty().items():
-            found = getattr(state, name)
-            shapes = [None if some is None else jnp.shape(some) for some in (found, expected)]
-            if shapes[0] != shapes[1]:
+        for name, expected in self._shapes().items():
+            found = None if (kept := getattr(state, name)) is None else np.shape(kept)
+            if found != expected:
                 raise ValueError(
-                    f"state.{name} has shape {shapes[0]}, here it has {shapes[1]}: it is of another window, watch or "
-                    "guard; call init(params) again"
+                    f"state.{name} has shape {found}, here it has {expected}: it is of another window, watch or guard; "
+                    f"{ANEW}"
                 )
 
     def _usual(self, past: jax.Array, latest: jax.Array, seen: jax.Array) -> jax.Array:
