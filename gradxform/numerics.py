@@ -115,6 +115,19 @@ def abs_squared(x: Array, scale: Array | None = None) -> Array:
     return functools.reduce(jax.lax.add, [part * part for part in parts])
 
 
+@jax.custom_jvp
+def root(x: Array) -> Array:
+    """√x for x ≥ 0; its derivative counts as 0 at 0, so that that of a quotient like m/(√v + ε) is right there."""
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    [x], [way] = primals, tangents
+    result = root(x)
+    return result, jnp.where(result > 0, way / (2 * jnp.where(result > 0, result, 1)), 0)
+
+
 def one_minus_power(base: Any, exponent: Array) -> Array:
     """1 − baseᵗ for base in [0, 1), without the cancellation: −expm1(t·log base)."""
     return -jnp.expm1(exponent * _log(base))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import gradxform as gx
-from tests.strategies import assert_same
+from tests.strategies import OPTIMIZERS, assert_same
+
+pytestmark = pytest.mark.once
 
 CLIPS = {"global": gx.clip_by_global_norm(1.0), "leaf": gx.clip_by_leaf_norm(1.0)}
 every_clip = pytest.mark.parametrize("clip", CLIPS)
@@ -21,7 +23,7 @@ def draw(seed, shapes, dtype=jnp.float32):
 
 def weighted(leaves):
     """A sum in which no two elements count alike."""
-    return sum(jnp.sum(jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)) * leaf.ravel()) for leaf in leaves)
+    return sum(jnp.sum(jnp.sin(1 + jnp.arange(leaf.size, dtype=leaf.dtype)) * leaf.ravel()) for leaf in leaves)
 
 
 @pytest.mark.parametrize("shapes", [[(3,), (3,), (2, 2)], [(70_000,), (3,)]], ids=["small", "large"])
@@ -85,6 +87,21 @@ def test_the_learning_rate_of_clipped_steps_has_a_derivative():
     # the norm is 5, and each step takes the rate from it, for the gradient is the parameter, clipped to 1
     assert np.isclose(after(0.1), 4.7)
     assert np.isclose(jax.grad(after)(0.1), -3.0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_derivative_of_a_step_where_gradients_are_zero_is_that_of_the_formula(name):
+    tx, width = OPTIMIZERS[name], 1e-14  # far below every ε
+    with jax.enable_x64(True):
+
+        def moved(grad):
+            updates, _ = tx.update(grad, tx.init(grad), jnp.zeros(2))
+            return weighted([updates])
+
+        slope = jax.grad(moved)(jnp.zeros(2))
+        expected = [moved(width * unit) / width for unit in jnp.eye(2)]
+    # what the width still is beside ε, of which the smallest is 1e-10
+    np.testing.assert_allclose(slope, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -26,4 +26,5 @@ def test_code_blocks_run(capsys):
     assert float(learning_rate) < 1e-5, "the schedule should have ended"
     assert int(count) == 500
     assert "clipped 1, grad_norm 4.47, nonfinite 0, " in printed
+    assert "float32[64@devices,64]\n" in printed
     assert ", update_ratio 0.00112, skipped 1, skipped_in_a_row 0, learning_rate 0.001\n" in printed

@@ -14,7 +14,7 @@ from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
 from gradxform.core.norms import GLOBAL_NORM, LEAF_NORMS
 from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import factor_to, lerp, norm
+from gradxform.numerics import factor_to, lerp, norm, root
 
 
 def clip_by_param_norm(
@@ -207,7 +207,7 @@ def _gather_zscore(measured: Any, step: Step) -> dict[str, Array]:
     size = norm(measured["norm"])
     mean, variance, number = step.norm_mean, step.norm_variance, step.norm_count + 1
     adaptive = number > step.warmup
-    deviation = jnp.sqrt(variance)
+    deviation = root(variance)
     zscore = (size - mean) / (deviation + step.eps)
     spike = adaptive & (zscore > step.threshold)
     usual = jnp.where(spike, mean + step.threshold**2 * deviation / jnp.where(spike, zscore, 1), size)

@@ -13,7 +13,7 @@ from gradxform.core.hyperparameters import Numeric, fraction, non_negative
 from gradxform.core.layouts import Layout, layout_of
 from gradxform.core.lift import lift
 from gradxform.core.rules import Array, Slots, Step
-from gradxform.numerics import clamp, largest_square, lerp, norm, zero_if_finite
+from gradxform.numerics import clamp, largest_square, lerp, norm, root, zero_if_finite
 
 
 def normalize_by_neuron(
@@ -76,7 +76,7 @@ def _divide(update: Array, state: Slots, param: Array | None, step: Step) -> tup
     inputs = max(1, matrices.shape[1])
     squares = jnp.sum(jnp.square(bounded) / inputs + zero_if_finite(matrices), axis=1, keepdims=True)
     nu = lerp(nu, squares, 1 - step.decay)
-    divisor = jnp.sqrt(nu) + step.eps
+    divisor = root(nu) + step.eps
     even = matrices / jnp.where(divisor == 0, 1, divisor)
     size = norm(even, (1, 2))
     kept = even * (norm(matrices, (1, 2)) / jnp.where(size == 0, 1, size))

@@ -20,6 +20,7 @@ from gradxform.numerics import (
     one_minus_power,
     plus,
     real_dtype,
+    root,
     smallest_normal,
     zero_if_finite,
 )
@@ -193,7 +194,7 @@ def _before(nu: Array, initial: Any, step: Step) -> Array:
 
 def _quotient(direction: Array, variance: Array, step: Step) -> Array:
     """direction / (√(variance + eps_root) + eps), with 0/0 = 0."""
-    divisor = plus(step.eps, jnp.sqrt(plus(step.eps_root, variance)))
+    divisor = plus(step.eps, root(plus(step.eps_root, variance)))
     if isinstance(step.eps, float) and step.eps >= smallest_normal(variance.dtype):
         return direction / divisor
     return jnp.where(divisor == 0, 0, direction / jnp.where(divisor == 0, 1, divisor))
