@@ -19,6 +19,8 @@ import gradxform as gx
 from tests import twins
 from tests.strategies import OPTIMIZERS, ORDINARY, STEPS, assert_same, walk
 
+pytestmark = pytest.mark.once
+
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0]), "z": jnp.asarray([1 + 2j, -0.5j, 3.0], jnp.complex64)}

@@ -16,6 +16,8 @@ from sklearn.datasets import load_digits
 import gradxform as gx
 from tests import twins
 
+pytestmark = pytest.mark.once
+
 # Fifty steps round θ fifty times, by at most 2⁻²⁴ = 6e-8, and the moments as often: 3e-6 if every rounding
 # went the same way, 7.4e-7 measured. In float64 2⁻⁵³ takes its place: 5.6e-15 and, measured, 5.6e-16.
 TOLERANCE = {"float32": 2e-6, "float64": 4e-15}

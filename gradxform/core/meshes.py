@@ -140,8 +140,4 @@ def check_whole(leaf: Any, who: str, structure: Any, index: int) -> None:
 
 def varying_over(x: Any) -> frozenset[str]:
     """The mesh axes over which JAX knows an array to differ."""
-    if concrete(x):
-        return frozenset()
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)  # JAX 0.10.2 and later; before, `vma`
-    return getattr(manual, "varying", None) or getattr(kind, "vma", None) or frozenset()
+    return frozenset() if concrete(x) else jax.typeof(x).manual_axis_type.varying
