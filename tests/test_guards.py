@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import gradxform as gx
-from gradxform import numerics
+from gradxform import euclidean
 from tests.strategies import assert_same, signature
 
 pytestmark = pytest.mark.once
@@ -621,7 +621,7 @@ def test_a_norm_beyond_float32_counts_as_the_largest():
 @pytest.mark.parametrize("pattern", ["equal", "one above all others"])
 def test_the_norm_of_a_large_array_is_right_from_the_smallest_to_the_largest_floats(pattern):
     size = 1 << 17
-    assert size > numerics.SMALL
+    assert size > euclidean.SMALL
     array = np.full(size, 1.5) if pattern == "equal" else np.full(size, 1.5 / 64)
     array[0] = 1.5
     smallest = -126 + (0 if pattern == "equal" else 6)
@@ -630,7 +630,7 @@ def test_the_norm_of_a_large_array_is_right_from_the_smallest_to_the_largest_flo
     @jax.jit
     def norms(power):
         scaled = jnp.ldexp(jnp.asarray(array, jnp.float32), power)
-        return numerics.norm(scaled), numerics.joint_norms([[scaled]])[0]
+        return euclidean.norm(scaled), euclidean.joint_norms([[scaled]])[0]
 
     for found in jax.lax.map(norms, powers):
         expected = np.linalg.norm(array) * 2.0 ** np.arange(smallest, 127 - 9)

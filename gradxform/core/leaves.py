@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform import numerics
+from gradxform import euclidean, numerics
 from gradxform.core import meshes, trees
 from gradxform.core.compiled import cast, landed, measured, measured_jointly, stacked
 from gradxform.core.rules import Measure
@@ -138,7 +138,7 @@ def alike(leaves: Sequence[Any]) -> list[list[Any]]:
     """Small leaves of one shape, dtype and sharding together, large ones alone."""
     groups: dict[Any, list[Any]] = {}
     for index, leaf in enumerate(leaves):
-        groups.setdefault(index if np.size(leaf) > numerics.SMALL else kind_of(leaf), []).append(leaf)
+        groups.setdefault(index if np.size(leaf) > euclidean.SMALL else kind_of(leaf), []).append(leaf)
     return list(groups.values())
 
 

@@ -9,23 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform import numerics
+from gradxform import euclidean
 from gradxform.core import meshes
 from gradxform.core.body import Call
 from gradxform.core.leaves import Leaves, alike
 from gradxform.core.rules import Array, Measure
+from gradxform.numerics import zero_if_finite
 
 
 def _norm(update: Array) -> Mapping[str, Array]:
-    return {"norm": numerics.norm(update)}
+    return {"norm": euclidean.norm(update)}
 
 
 def _joint(groups: Sequence[Sequence[Array]]) -> Mapping[str, Array]:
-    return {"norm": numerics.joint_norms(groups)}
+    return {"norm": euclidean.joint_norms(groups)}
 
 
 def _across(measured: Mapping[str, Array], axes: tuple[str, ...]) -> Mapping[str, Array]:
-    return {"norm": numerics.norm_across(measured["norm"], axes)}
+    return {"norm": euclidean.norm_across(measured["norm"], axes)}
 
 
 LEAF_NORMS = Measure(_norm, _across)
@@ -68,8 +69,8 @@ def bad_leaves(leaves: Leaves, acts: Sequence[bool], norm: jax.Array) -> jax.Arr
 @jax.jit
 def _bad(kinds: list[list[jax.Array]], norm: jax.Array) -> jax.Array:
     def count() -> jax.Array:
-        some = [run for kind in kinds for run in numerics.runs(kind)]
-        sums = [jnp.sum(numerics.zero_if_finite(jnp.stack(run)), range(1, run[0].ndim + 1)) for run in some]
+        some = [run for kind in kinds for run in euclidean.runs(kind)]
+        sums = [jnp.sum(zero_if_finite(jnp.stack(run)), range(1, run[0].ndim + 1)) for run in some]
         return sum((jnp.sum(jnp.isnan(one), dtype=np.int32) for one in sums), start=nothing)
 
     nothing = jnp.zeros((), np.int32)
@@ -79,4 +80,4 @@ def _bad(kinds: list[list[jax.Array]], norm: jax.Array) -> jax.Array:
 
 def total(norms: Any) -> jax.Array:
     """The norm of arrays with these norms."""
-    return numerics.norm(norms)
+    return euclidean.norm(norms)

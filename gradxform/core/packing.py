@@ -18,9 +18,10 @@ from gradxform.core import meshes, trees
 from gradxform.core.body import Call, Report, Wrapper
 from gradxform.core.compiled import slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, masked
-from gradxform.core.passes import Segment, Selection
+from gradxform.core.passes import Segment
 from gradxform.core.program import Program
 from gradxform.core.rules import NOTHING, Rule
+from gradxform.core.selection import Selection
 
 
 class PackedLeaves(NamedTuple):

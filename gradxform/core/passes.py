@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ from gradxform.core.body import Alone, Call, Report
 from gradxform.core.coded import Coded, coded_update
 from gradxform.core.compiled import How, gathered, landed, on_batch, on_leaf, owned_slots, prepared, slot_avals
 from gradxform.core.leaves import HOLE, Leaves, column, kind_of, masked, widened
-from gradxform.core.masks import Mask
 from gradxform.core.rules import NOTHING, Rule, Scalars
+from gradxform.core.selection import Selection
 from gradxform.core.stages import Foreign
 
 
@@ -46,68 +46,6 @@ class ForeignSegment:
         return isinstance(self.stage.body, Alone)
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Which leaves every mask chooses, and which are frozen."""
-
-    chosen: Mapping[Mask, list[bool]]
-    frozen: list[bool]
-    within: Mapping[int, list[bool]]
-    """Which leaves a stage that is no rule freezes itself, and so must see."""
-
-    @classmethod
-    def of(cls, stages: Iterable[Rule | Foreign], params: Any, leaves: list[Any], structure: Any) -> Selection:
-        masks: dict[Mask, list[bool]] = {}
-        frozen = [False] * len(leaves)
-        for stage in stages:
-            for rule in stage.walk() if isinstance(stage, Rule) else [stage]:
-                if params is None and (rule.mask or (isinstance(rule, Rule) and rule.needs_params)):
-                    name = rule.name if isinstance(rule, Rule) else repr(rule)
-                    raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")
-                if rule.mask is not None and rule.mask not in masks:
-                    masks[rule.mask] = rule.mask(params, leaves, structure)
-            if isinstance(stage, Rule) and stage.freezes:
-                chosen = [True] * len(leaves) if stage.mask is None else masks[stage.mask]
-                frozen = [one or other for one, other in zip(frozen, chosen, strict=True)]
-        selection = cls(masks, frozen, {})
-        within = {
-            id(stage): selection.frozen_by(stage, params, leaves, structure)  # another library's may have no hash
-            for stage in stages
-            if isinstance(stage, Foreign) and params is not None
-        }
-        return cls(masks, [any(some) for some in zip(frozen, *within.values(), strict=True)], within)
-
-    def frozen_by(self, stage: Foreign, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
-        """Which of the leaves it acts on a stage that is no rule freezes itself."""
-        acts = self.acting(stage.mask)
-        inner = iter(stage.body.frozen(masked(acts, params, leaves, structure)))
-        return [act and next(inner) for act in acts]
-
-    def acting(self, *masks: Mask | None) -> list[bool]:
-        """The leaves that are not frozen and that all of `masks` choose."""
-        flags = [self.chosen[mask] for mask in masks if mask is not None]
-        return [not frozen and all(some) for frozen, *some in zip(self.frozen, *flags, strict=True)]
-
-    def seen_by(self, stage: Foreign) -> list[bool]:
-        """The leaves that a stage that is no rule acts on, and those that it freezes itself."""
-        own = self.within.get(id(stage), [False] * len(self.frozen))
-        return [act or freezes for act, freezes in zip(self.acting(stage.mask), own, strict=True)]
-
-    def rules_by_leaf(self, rules: tuple[Rule, ...]) -> list[tuple[Rule, ...]]:
-        """What each leaf gets of `rules`; a frozen one what freezes it."""
-        masks = list({rule.mask: None for outer in rules for rule in outer.walk() if rule.mask is not None})
-        if not masks and not any(self.frozen):
-            return [rules] * len(self.frozen)
-        by_leaf = list(zip(self.frozen, *(self.chosen[mask] for mask in masks), strict=True))
-        variants: dict[tuple[bool, ...], tuple[Rule, ...]] = {}
-        for frozen, *flags in set(by_leaf):
-            acts = dict(zip(masks, flags, strict=True)).__getitem__
-            variants[frozen, *flags] = tuple(
-                NOTHING if frozen and not rule.freezes else rule.select(acts) for rule in rules
-            )
-        return [variants[flags] for flags in by_leaf]
-
-
 def initial_fields(segment: Segment, selection: Selection, leaves: list[Any], structure: Any) -> dict[str, Any]:
     """The segment's part of the state."""
     rules = selection.rules_by_leaf(segment.rules)
@@ -119,11 +57,10 @@ def initial_fields(segment: Segment, selection: Selection, leaves: list[Any], st
 
 def _initial_slots(rules: tuple[Rule, ...], leaf: Any) -> list[Any]:
     """The state of one leaf, each array its own: a step may be given none twice, nor the parameter, if it donates."""
-    own: dict[int, Any] = {id(leaf): leaf}
-    slots: list[Any] = []
-    for slot in jax.tree.leaves(one_array.init(rules, widened(leaf))):
-        slots.append(jnp.array(slot) if id(slot) in own else slot)
-        own[id(slot)] = slot
+    slots, known = jax.tree.leaves(one_array.init(rules, widened(leaf))), {id(leaf)}
+    for place, slot in enumerate(slots):
+        slots[place] = jnp.array(slot) if id(slot) in known else slot
+        known.add(id(slot))
     return slots
 
 

@@ -18,8 +18,9 @@ from gradxform.core.body import Assigned, Body, Call, Report
 from gradxform.core.compiled import increment, slot_names
 from gradxform.core.hyperparameters import Hyperparameter, Live, evaluate
 from gradxform.core.leaves import Leaves, masked
-from gradxform.core.passes import ForeignSegment, Segment, Selection
+from gradxform.core.passes import ForeignSegment, Segment
 from gradxform.core.rules import Rule
+from gradxform.core.selection import Selection
 from gradxform.core.stages import Foreign, Groups, Stage, expanded, hyperparameters_of, measures
 from gradxform.core.state import state_type, unique_names
 from gradxform.core.trees import unless

@@ -14,7 +14,8 @@ from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
 from gradxform.core.norms import GLOBAL_NORM, LEAF_NORMS
 from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import factor_to, lerp, norm, root
+from gradxform.euclidean import factor_to, norm
+from gradxform.numerics import lerp, root
 
 
 def clip_by_param_norm(

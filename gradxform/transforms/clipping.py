@@ -13,7 +13,7 @@ from gradxform.core.lift import lift
 from gradxform.core.masks import MaskLike
 from gradxform.core.norms import GLOBAL_NORM
 from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import factor_to, norm
+from gradxform.euclidean import factor_to, norm
 
 
 def clip_by_value(max_value: Numeric) -> Transformation:

@@ -13,7 +13,8 @@ from gradxform.core.hyperparameters import Numeric, fraction, non_negative
 from gradxform.core.layouts import Layout, layout_of
 from gradxform.core.lift import lift
 from gradxform.core.rules import Array, Slots, Step
-from gradxform.numerics import clamp, largest_square, lerp, norm, root, zero_if_finite
+from gradxform.euclidean import norm
+from gradxform.numerics import clamp, largest_square, lerp, root, zero_if_finite
 
 
 def normalize_by_neuron(

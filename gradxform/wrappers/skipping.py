@@ -211,8 +211,8 @@ class SkipSpikes(_Skip):
 
     def _shapes(self) -> Mapping[str, tuple[int, ...] | None]:
         """Of what is recorded; None where it is not watched."""
-        watched = {"norms": ("norm", "both"), "losses": ("loss", "both")}
-        return {name: (self.window,) if self.watch in some else None for name, some in watched.items()} | {"seen": ()}
+        norms, losses = ((self.window,) if self.watch in (which, "both") else None for which in ("norm", "loss"))
+        return {"norms": norms, "losses": losses, "seen": ()}
 
     def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
         self._check(state)
