@@ -133,6 +133,16 @@ def sorted_in_rows_of_three(update, state, param, step):
     return jnp.sort(update.reshape(-1, 3), axis=0).reshape(update.shape), state
 
 
+def largest(groups):
+    """Of groups of leaves, which does not say how its reshape is divided either."""
+    return {
+        "largest": jnp.stack([jnp.max(jnp.stack([jnp.abs(leaf.reshape(-1)) for leaf in group])) for group in groups])
+    }
+
+
+LARGEST = gx.Measure(of=lambda leaf: {"largest": largest([[leaf]])["largest"][0]}, joint=largest)
+
+
 TYPED = {"rows": P("x", None), "columns": P(None, "x"), "whole": P()}
 ON_TYPED_MESHES = {
     "guarded and observed": gx.observe(gx.skip_nonfinite(gx.skip_spikes(CLIPPED_ADAMW)), of="all"),
@@ -145,6 +155,13 @@ ON_TYPED_MESHES = {
     "compensated": gx.compensated(gx.sgd(0.01), "int8"),
     "each leaf by its norm, then sorted": gx.chain(
         gx.clip_by_leaf_norm(0.1), gx.clip_by_param_norm(0.1), gx.lift(gx.no_slots, sorted_in_rows_of_three)
+    ),
+    "by the largest of all": gx.lift(
+        gx.no_slots,
+        lambda update, state, param, step: (update / step.all, state),
+        constructor=largest,
+        measure=LARGEST,
+        gather=lambda measured, step: {"all": jnp.max(measured["largest"])},
     ),
 }
 
@@ -169,6 +186,19 @@ def a_step_on_a_mesh_that_types_show_is_that_of_one_device():
             # where float32 rounds otherwise a few numbers get the next code or the next number of bfloat16
             same = np.isclose(leaf.astype(np.float32), expected[key].astype(np.float32), rtol=1e-6, atol=2e-6)
             assert same.mean() > 0.999, (name, key)
+
+
+@check
+def an_update_on_an_explicit_mesh_is_that_of_one_device():
+    tx, params = CLIPPED_ADAMW, start()
+    grads = jax.grad(loss)(params, BATCH)
+    expected = tx.update(grads, tx.init(params), params)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        params, grads = (place(tree, SPECS, AxisType.Explicit) for tree in (params, grads))
+        actual = jax.jit(tx.update)(grads, tx.init(params), params)
+    for tree in (actual[0], *moments(actual[1])):
+        assert_placed(tree, SPECS)
+    assert_same_walk(actual, expected)
 
 
 @check
@@ -274,15 +304,16 @@ def matrices_on_a_mesh_are_orthogonalised_whole():
     specs = SPECS | {"experts": P("x", None, None)}
     grads = jax.tree.map(jnp.cos, params)
     layouts = {"rows|columns": "in out", "experts": "each in 3*out"}
-    tx = gx.normuon(0.01, layouts, gx.adamw(0.01), steps=2)
-    expected = tx.update(grads, tx.init(params), params)
-    placed, placed_grads = place(params, specs), place(grads, specs)
-    actual = jax.jit(tx.update)(placed_grads, tx.init(placed), placed)
-    # two steps of sums of some 20 products, whose roundings each step may triple
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), actual[0], expected[0])
-    for name, spec in specs.items():
-        moment = actual[1].mu_2[name] if name == "bias" else actual[1].mu[name]
-        assert moment.sharding.is_equivalent_to(NamedSharding(mesh(), spec), moment.ndim), name
+    for method in ("newton_schulz", "gram"):
+        tx = gx.normuon(0.01, layouts, gx.adamw(0.01), method=method)
+        expected = tx.update(grads, tx.init(params), params)
+        placed, placed_grads = place(params, specs), place(grads, specs)
+        actual = jax.jit(tx.update)(placed_grads, tx.init(placed), placed)
+        # five steps of sums of some 20 products, whose roundings each step may triple
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), actual[0], expected[0])
+        for name, spec in specs.items():
+            moment = actual[1].mu_2[name] if name == "bias" else actual[1].mu[name]
+            assert moment.sharding.is_equivalent_to(NamedSharding(mesh(), spec), moment.ndim), name
 
 
 @check

@@ -161,10 +161,13 @@ def measured_jointly(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]
     assert measure.joint is not None
     joint = measure.joint
 
+    def on_whole(dtype: Any, groups: Any) -> Mapping[str, jax.Array]:
+        return joint([[numerics.cast(update, dtype) for update in group] for group in groups])
+
     @functools.partial(jax.jit, static_argnums=0)
     def joint_measure(dtype, groups):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
-            return joint([[numerics.cast(update, dtype) for update in group] for group in groups])
+            return partitioned(functools.partial(on_whole, dtype), PartitionSpec(), groups)
 
     return joint_measure
 
