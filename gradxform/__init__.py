@@ -44,10 +44,6 @@ from gradxform.wrappers.low_precision import master_weights as master_weights
 from gradxform.wrappers.low_precision import stochastic_rounding as stochastic_rounding
 from gradxform.wrappers.observation import ObserveState as ObserveState
 from gradxform.wrappers.observation import observe as observe
-from gradxform.wrappers.packing import PackedLeaves as PackedLeaves
-from gradxform.wrappers.packing import pack_state as pack_state
-from gradxform.wrappers.packing import packed as packed
-from gradxform.wrappers.packing import unpack_state as unpack_state
 from gradxform.wrappers.quantization import QuantizedState as QuantizedState
 from gradxform.wrappers.quantization import quantize_state as quantize_state
 from gradxform.wrappers.skipping import SkipState as SkipState

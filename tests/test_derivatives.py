@@ -110,11 +110,10 @@ def test_the_derivative_of_a_step_where_gradients_are_zero_is_that_of_the_formul
         gx.skip_nonfinite,
         gx.skip_spikes,
         gx.observe,
-        gx.packed,
         lambda tx: gx.accumulate(tx, every=2),
         lambda tx: gx.quantize_state(tx, "bfloat16", min_size=1, rounding="nearest"),
     ],
-    ids=["skip_nonfinite", "skip_spikes", "observe", "packed", "accumulate", "quantize_state"],
+    ids=["skip_nonfinite", "skip_spikes", "observe", "accumulate", "quantize_state"],
 )
 def test_a_derivative_goes_through_every_wrapper(wrap):
     tx = wrap(gx.chain(gx.clip_by_global_norm(1.0), gx.momentum(gx.live(0.1), 0.5)))

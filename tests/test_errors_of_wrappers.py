@@ -28,7 +28,6 @@ WRAPPERS = {
     "compensated": gx.compensated,
     "master_weights": gx.master_weights,
     "quantize_state": gx.quantize_state,
-    "packed": lambda tx: gx.packed(tx, max_size=5),
     "by_path": lambda tx: gx.by_path({"w": {"weight_decay": 0.0}, "b": tx}, default=None if tx is None else tx),
     "clip_by_zscore": lambda tx: gx.chain(gx.clip_by_zscore(), tx),
     "clip_by_average_norm": lambda tx: gx.chain(gx.clip_by_average_norm(), tx),

@@ -159,7 +159,6 @@ ELSEWHERE = {
     "test_guards.py": {"skip_nonfinite"},
     "test_observe.py": {"observe"},
     "test_muon.py": {"muon", "normalize_by_neuron", "normuon", "orthogonalize"},
-    "test_packing.py": {"packed"},
     "test_quantization.py": {"quantize_state"},
     "test_low_precision.py": {"compensated", "master_weights", "stochastic_rounding"},
 }

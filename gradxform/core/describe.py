@@ -14,11 +14,8 @@ import numpy as np
 import optax
 
 from gradxform.core import trees
-from gradxform.core.body import Assigned, Body, Wrapper, body_of
+from gradxform.core.body import Assigned, Body, body_of
 from gradxform.core.hyperparameters import Hyperparameter
-from gradxform.core.packing import Packed
-from gradxform.core.program import Program
-from gradxform.core.stages import Foreign, Groups, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +188,7 @@ def _bytes_by_leaf(body: Body, params: Any) -> list[int]:
     """The bytes of state that belong to each leaf: those whose path ends with the leaf's."""
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
         return _bytes_by_leaf(body, {"": params})  # a bare array has no path to tell it by
-    state = jax.eval_shape(_leaf_by_leaf(body).init, params)
+    state = jax.eval_shape(body.init, params)
     places = {path: place for place, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])}
     totals = [0] * len(places)
     longest = max(map(len, places), default=0)
@@ -201,24 +198,6 @@ def _bytes_by_leaf(body: Body, params: Any) -> list[int]:
         if place is not None:
             totals[place] += _nbytes(array)
     return totals
-
-
-def _leaf_by_leaf(body: Body) -> Body:
-    """The same with a state for every leaf by itself, which `packed` has not."""
-
-    def one(stage: Stage) -> Stage:
-        if isinstance(stage, Foreign):
-            return dataclasses.replace(stage, body=_leaf_by_leaf(stage.body))
-        if isinstance(stage, Groups):
-            groups = tuple(dataclasses.replace(some, stages=tuple(map(one, some.stages))) for some in stage.groups)
-            return dataclasses.replace(stage, groups=groups)
-        return stage
-
-    if isinstance(body, Packed):
-        return body.tx
-    if isinstance(body, Program):
-        return Program(tuple(map(one, body.stages)))
-    return dataclasses.replace(body, tx=_leaf_by_leaf(body.tx)) if isinstance(body, Wrapper) else body
 
 
 def _nbytes(leaf: Any) -> int:
