@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradxform.codecs import CODECS, Linear8
+from gradxform.codecs import CODECS, Root8
 from gradxform.codecs.codec import largest_of, largest_of_written
 from gradxform.codecs.maps import dynamic_map, midpoints
 from gradxform.rounding import mix, random_bits, seed_for
@@ -54,8 +54,6 @@ def example(codec, spread=1.0, rows=ROWS):
 # 127th in roots; half a 127th of what is companded, of slope 1/2 at 0 and 2 at s; a 14th of its decade in the map, of
 # which the coarsest has one number; and of the square roots of what is not negative.
 BOUNDS = {
-    ("linear8", True): lambda x, s: s / 254,
-    ("linear8", False): lambda x, s: np.sqrt(x * s) / 255 + s / 255**2,
     ("root8", True): lambda x, s: np.sqrt(np.abs(x) * s) / 127 + s / 254**2,
     ("root8", False): lambda x, s: (
         2 * x**0.75 * s**0.25 / 255 * (1 + 2 / 255 * (s / np.maximum(x, s / 255**4)) ** 0.25) ** 3
@@ -158,7 +156,7 @@ def test_random_codes_are_neighbours_and_right_in_the_mean(codec):
     x, draws = example(codec), 100
     bits = jnp.stack([random_bits(seed_for(jnp.uint32(3), i), x.shape) for i in range(draws)])
     decoded = np.stack([through(codec, x, some) for some in bits]).astype(float)
-    power = {("root8", True): 2, ("root8", False): 4, ("linear8", False): 2, ("companded8", False): 2}
+    power = {("root8", True): 2, ("root8", False): 4, ("companded8", False): 2}
     root = 1 / power.get((codec.name, codec.signed), 1)  # what is evenly spaced is right in the mean
     exact, drawn = (np.sign(y) * np.abs(y) ** root for y in (x.astype(float), decoded))
     largest = exact.max(1, keepdims=True)
@@ -176,7 +174,7 @@ def test_random_codes_are_neighbours_and_right_in_the_mean(codec):
 
 
 def test_a_second_moment_sticks_to_its_code_unless_it_is_rounded_at_random():
-    for codec in (CODECS["root8"](False), CODECS["linear8"](False)):
+    for codec in (CODECS["root8"](False), CODECS["companded8"](False)):
         start = jnp.linspace(0.5, 1, codec.block)[None]
 
         def decayed(rounding, codec=codec, start=start):
@@ -197,7 +195,7 @@ def test_a_second_moment_sticks_to_its_code_unless_it_is_rounded_at_random():
 
 @pytest.mark.parametrize("size", [1, 2, 32, 37, 64, 96, 100, 256, 2048, 5000])
 def test_the_largest_of_blocks_of_any_size(size):
-    class Other(Linear8):
+    class Other(Root8):
         block = size
 
     x = RANDOM.normal(size=(2, 3 * size)).astype(np.float32)
@@ -265,7 +263,6 @@ def test_codecs_are_values():
         assert dataclasses.replace(codec(), signed=False) == codec(False)
     assert {name: codec().bytes_per_number for name, codec in CODECS.items()} == {
         "root8": 1 + 4 / 256,
-        "linear8": 1 + 4 / 256,
         "companded8": 1 + 2 / 32,
         "dynamic8": 1 + 4 / 256,
         "dynamic4": 0.5 + 4 / 128,

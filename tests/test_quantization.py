@@ -368,11 +368,11 @@ def test_init_outside_jit_keeps_shardings():
 
 
 def test_the_call_is_shown_and_equal_ones_are_equal():
-    tx = gx.quantize_state(gx.sgd(0.1, momentum=0.9), "linear8", 256, {"x": "kept"}, "nearest")
-    assert repr(tx).endswith("codec='linear8', min_size=256, fields={'x': 'kept'}, rounding='nearest')")
+    tx = gx.quantize_state(gx.sgd(0.1, momentum=0.9), "companded8", 256, {"x": "kept"}, "nearest")
+    assert repr(tx).endswith("codec='companded8', min_size=256, fields={'x': 'kept'}, rounding='nearest')")
     assert repr(gx.quantize_state(gx.sgd(0.1, momentum=0.9))).count("=") == repr(gx.sgd(0.1, momentum=0.9)).count("=")
     assert gx.quantize_state(gx.adamw(0.1)) == gx.quantize_state(gx.adamw(0.1), CODECS["root8"]())
-    assert gx.quantize_state(gx.adamw(0.1)) != gx.quantize_state(gx.adamw(0.1), "linear8")
+    assert gx.quantize_state(gx.adamw(0.1)) != gx.quantize_state(gx.adamw(0.1), "companded8")
 
 
 UNKNOWN = gx.lift(lambda param: {"energy": jnp.zeros_like(param)}, lambda update, state, param, step: (update, state))
@@ -381,7 +381,7 @@ UNKNOWN = gx.lift(lambda param: {"energy": jnp.zeros_like(param)}, lambda update
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: gx.quantize_state(gx.adamw(1e-3), "int8"), ValueError, "codec & 'root8', 'linear8' & 'int8'"),
+        (lambda: gx.quantize_state(gx.adamw(1e-3), "int8"), ValueError, "codec & 'root8', 'companded8' & 'int8'"),
         (lambda: gx.quantize_state(gx.adamw(1e-3), 8), ValueError, "codec & 8"),
         (lambda: gx.quantize_state(gx.adamw(1e-3), min_size=0), ValueError, "min_size"),
         (lambda: gx.quantize_state(gx.adamw(1e-3), min_size=1.5), TypeError, "min_size"),

@@ -149,7 +149,7 @@ ON_TYPED_MESHES = {
     "accumulated": gx.accumulate(gx.adamw(0.01), every=1),
     "matrices": gx.normuon(0.01, ".*", steps=1),
     "matrices together": gx.muon(0.01, ".*", batched=True, method="gram", steps=1),
-    "in blocks": gx.quantize_state(gx.adamw(0.01), "linear8", min_size=256, rounding="nearest"),
+    "in blocks": gx.quantize_state(gx.adamw(0.01), "companded8", min_size=256, rounding="nearest"),
     "another library's in groups": gx.quantize_state(optax.sgd(0.01, momentum=0.9), "companded8", min_size=256),
     "compensated": gx.compensated(gx.sgd(0.01), "int8"),
     "each leaf by its norm, then sorted": gx.chain(

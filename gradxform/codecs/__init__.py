@@ -13,11 +13,9 @@ from gradxform.codecs.bfloat16 import Bfloat16
 from gradxform.codecs.codec import Codec
 from gradxform.codecs.companded import Companded8
 from gradxform.codecs.maps import Dynamic4, Dynamic8
-from gradxform.codecs.powers import Linear8, Root8
+from gradxform.codecs.roots import Root8
 
-__all__ = ["CODECS", "Bfloat16", "Codec", "Companded8", "Dynamic4", "Dynamic8", "Linear8", "Root8"]
+__all__ = ["CODECS", "Bfloat16", "Codec", "Companded8", "Dynamic4", "Dynamic8", "Root8"]
 
-CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (Root8, Linear8, Companded8, Dynamic8, Dynamic4, Bfloat16)
-}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Root8, Companded8, Dynamic8, Dynamic4, Bfloat16)}
 """The codecs by name."""

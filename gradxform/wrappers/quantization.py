@@ -62,7 +62,6 @@ def quantize_state(
     Args:
       tx: Any transformation. Another library's sees float32 updates and parameters.
       codec: ``"root8"``, evenly spaced square roots, fourth roots of what is not negative, in blocks of 256;
-        ``"linear8"``, evenly spaced numbers and square roots, coarser near zero;
         ``"companded8"``, in groups of 32 with float16 scales (6e-8 to 65504) as FlashOptim has it; ``"dynamic8"`` and
         ``"dynamic4"``, 8 bits in blocks of 256 and 4 in blocks of 128, as bitsandbytes and torchao have them, slow;
         ``"bfloat16"``. Or a `gradxform.codecs.Codec` of your own.

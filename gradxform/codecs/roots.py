@@ -1,4 +1,4 @@
-"""Codes whose numbers are powers of evenly spaced ones."""
+"""Codes whose roots are evenly spaced."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from gradxform.codecs.codec import Codec, inverse, least, whole, with_sign_of
 from gradxform.numerics import Array
 
 
-class _Powers(Codec):
-    """x = ±(q·s)ᵖ, and where x ≥ 0, x = (q·s)²ᵖ, for p of 1 or 2.
+class Root8(Codec):
+    """x = ±(q·s)², and where x ≥ 0, x = (q·s)⁴: evenly spaced square roots, or fourth roots; finer near zero.
 
     s is rounded to 16 significant bits, so that q·s is exact, and decoding and coding again changes nothing.
     """
 
+    name: ClassVar[str] = "root8"
     block: ClassVar[int] = 256
-    halvings: ClassVar[int]
-    """How many square roots are taken of what is signed; of the rest one more."""
 
     @property
     def code_dtype(self) -> Any:
@@ -33,15 +32,13 @@ class _Powers(Codec):
 
     def root(self, x: Array) -> Array:
         """The root of x ≥ 0 that is evenly spaced."""
-        for _ in range(self.halvings + (not self.signed)):
-            x = jnp.sqrt(x)
-        return x
+        return jnp.sqrt(x) if self.signed else jnp.sqrt(jnp.sqrt(x))
 
     def to_codes(
         self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None
     ) -> tuple[Array, Array | None]:
         assert largest is not None
-        power = 2.0 ** (self.halvings + (not self.signed))
+        power = 2.0 if self.signed else 4.0
         # the power of the smallest step is a normal number, and of the largest code times the largest step a finite one
         smallest, most = 2.0 ** np.ceil(-126 / power), 2.0 ** (128 / power) / self.levels * (1 - 2.0**-15)
         root = self.root(largest)
@@ -56,21 +53,6 @@ class _Powers(Codec):
         assert scales is not None
         x = codes.astype(np.float32) * self.spread(scales, codes.shape)
         if self.signed:
-            return x if self.halvings == 0 else x * jnp.abs(x)
-        for _ in range(self.halvings + 1):
-            x = x * x
-        return x
-
-
-class Linear8(_Powers):
-    """x = q·s, and where x ≥ 0, x = (q·s)²: evenly spaced numbers, or square roots."""
-
-    name: ClassVar[str] = "linear8"
-    halvings: ClassVar[int] = 0
-
-
-class Root8(_Powers):
-    """x = ±(q·s)², and where x ≥ 0, x = (q·s)⁴: evenly spaced square roots, or fourth roots; finer near zero."""
-
-    name: ClassVar[str] = "root8"
-    halvings: ClassVar[int] = 1
+            return x * jnp.abs(x)
+        square = x * x
+        return square * square
