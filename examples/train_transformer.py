@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 import gradxform as gx
+from gradxform.wrappers.quantization import CODECS
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 2, 128, 4, 64, 16
 RATE, CLIP, LOOP = 3e-3, 1.0, 20  # the peak of the learning rate, the largest gradient norm, steps per compiled loop
@@ -198,9 +199,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help=f"rounded up to a multiple of {LOOP}")
     parser.add_argument("--quick", action="store_true", help="forty steps, to see that it runs")
-    parser.add_argument(
-        "--codec", choices=gx.codecs.CODECS, help="keep the moments in few bits, as `quantize_state` does"
-    )
+    parser.add_argument("--codec", choices=CODECS, help="keep the moments in few bits, as `quantize_state` does")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the picture")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the mini-batches and the sample")
     options = parser.parse_args()

@@ -10,8 +10,8 @@ from gradxform.optimizers.adam import adam as adam
 from gradxform.optimizers.adam_l2 import adam_l2 as adam_l2
 from gradxform.optimizers.adamw import adamw as adamw
 from gradxform.optimizers.momentum import momentum as momentum
-from gradxform.optimizers.muon import muon as muon
-from gradxform.optimizers.muon import normuon as normuon
+from gradxform.optimizers.matrix.muon import muon as muon
+from gradxform.optimizers.matrix.normuon import normuon as normuon
 from gradxform.optimizers.rmsprop import rmsprop as rmsprop
 from gradxform.optimizers.sgd import sgd as sgd
 
@@ -25,10 +25,10 @@ from gradxform.transforms.clipping import clip_by_leaf_norm as clip_by_leaf_norm
 from gradxform.transforms.clipping import clip_by_value as clip_by_value
 from gradxform.transforms.momentum import bias_correction as bias_correction
 from gradxform.transforms.momentum import scale_by_momentum as scale_by_momentum
-from gradxform.transforms.neuron_normalization import normalize_by_neuron as normalize_by_neuron
+from gradxform.optimizers.matrix.neuron_normalization import normalize_by_neuron as normalize_by_neuron
 from gradxform.transforms.normalization import normalize_by_rms as normalize_by_rms
 from gradxform.transforms.normalization import normalize_by_rss as normalize_by_rss
-from gradxform.transforms.orthogonalization import orthogonalize as orthogonalize
+from gradxform.optimizers.matrix.orthogonalization import orthogonalize as orthogonalize
 from gradxform.transforms.scaling import scale as scale
 from gradxform.transforms.scaling import scale_by_learning_rate as scale_by_learning_rate
 from gradxform.transforms.scaling import scale_by_schedule as scale_by_schedule
@@ -44,6 +44,7 @@ from gradxform.wrappers.low_precision import master_weights as master_weights
 from gradxform.wrappers.low_precision import stochastic_rounding as stochastic_rounding
 from gradxform.wrappers.observation import ObserveState as ObserveState
 from gradxform.wrappers.observation import observe as observe
+from gradxform.wrappers.quantization import Codec as Codec
 from gradxform.wrappers.quantization import QuantizedState as QuantizedState
 from gradxform.wrappers.quantization import quantize_state as quantize_state
 from gradxform.wrappers.skipping import SkipState as SkipState
@@ -51,29 +52,29 @@ from gradxform.wrappers.skipping import skip_nonfinite as skip_nonfinite
 from gradxform.wrappers.skipping import skip_spikes as skip_spikes
 
 # Composition, and what a training loop needs
-from gradxform.core.apply import apply_updates as apply_updates
-from gradxform.core.apply import step as step
-from gradxform.core.describe import Description as Description
-from gradxform.core.describe import LeafDescription as LeafDescription
-from gradxform.core.describe import describe as describe
-from gradxform.core.groups import by_path as by_path
-from gradxform.core.groups import freeze as freeze
-from gradxform.core.hyperparameters import live as live
-from gradxform.core.hyperparameters import times as times
-from gradxform.core.body import Transformation as Transformation
-from gradxform.core.lift import chain as chain
-from gradxform.core.lift import identity as identity
-from gradxform.core.masks import glob as glob
-from gradxform.core.state import get_hyperparams as get_hyperparams
-from gradxform.core.state import metrics as metrics
-from gradxform.core.state import set_hyperparams as set_hyperparams
+from gradxform._core.apply import apply_updates as apply_updates
+from gradxform._core.apply import step as step
+from gradxform._core.describe import Description as Description
+from gradxform._core.describe import LeafDescription as LeafDescription
+from gradxform._core.describe import describe as describe
+from gradxform._core.groups import by_path as by_path
+from gradxform._core.groups import freeze as freeze
+from gradxform._core.hyperparameters import live as live
+from gradxform._core.hyperparameters import times as times
+from gradxform._core.body import Transformation as Transformation
+from gradxform._core.lift import chain as chain
+from gradxform._core.lift import identity as identity
+from gradxform._core.masks import glob as glob
+from gradxform._core.state import get_hyperparams as get_hyperparams
+from gradxform._core.state import metrics as metrics
+from gradxform._core.state import set_hyperparams as set_hyperparams
 
 # Your own transformation
-from gradxform.core.hyperparameters import fraction as fraction
-from gradxform.core.hyperparameters import non_negative as non_negative
-from gradxform.core.hyperparameters import positive as positive
-from gradxform.core.lift import lift as lift
-from gradxform.core.rules import Measure as Measure
-from gradxform.core.rules import Slots as Slots
-from gradxform.core.rules import Step as Step
-from gradxform.core.rules import no_slots as no_slots
+from gradxform.rules import Measure as Measure
+from gradxform.rules import Slots as Slots
+from gradxform.rules import Step as Step
+from gradxform.rules import fraction as fraction
+from gradxform.rules import lift as lift
+from gradxform.rules import no_slots as no_slots
+from gradxform.rules import non_negative as non_negative
+from gradxform.rules import positive as positive

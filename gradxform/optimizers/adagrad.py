@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.arguments import flag
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, non_negative
-from gradxform.core.lift import chain
+from gradxform._core.arguments import flag
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, non_negative
+from gradxform._core.lift import chain
 from gradxform.transforms.normalization import normalize_by_rss
 from gradxform.transforms.scaling import scale_by_learning_rate
 

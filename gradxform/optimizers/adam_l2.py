@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric
-from gradxform.core.lift import chain
-from gradxform.core.masks import MaskLike
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric
+from gradxform._core.lift import chain
+from gradxform._core.masks import MaskLike
 from gradxform.optimizers.adam import adam
 from gradxform.transforms.weight_decay import add_l2_regularization
 

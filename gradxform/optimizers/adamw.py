@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric
-from gradxform.core.lift import chain
-from gradxform.core.masks import MaskLike
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric
+from gradxform._core.lift import chain
+from gradxform._core.masks import MaskLike
 from gradxform.optimizers.adam import scale_by_adam
 from gradxform.transforms.scaling import scale_by_learning_rate
 from gradxform.transforms.weight_decay import add_decoupled_weight_decay

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform.core.arguments import flag, float_dtype
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, fraction
-from gradxform.core.lift import chain
+from gradxform._core.arguments import flag, float_dtype
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, fraction
+from gradxform._core.lift import chain
 from gradxform.transforms.momentum import scale_by_momentum
 from gradxform.transforms.scaling import scale_by_learning_rate
 

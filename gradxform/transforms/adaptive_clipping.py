@@ -7,15 +7,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform.core.arguments import count_of
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, Option, fraction, non_negative, positive
-from gradxform.core.lift import lift
-from gradxform.core.masks import MaskLike
-from gradxform.core.norms import GLOBAL_NORM, LEAF_NORMS
-from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.euclidean import factor_to, norm
-from gradxform.numerics import lerp, root
+from gradxform._core.arguments import count_of
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, Option, fraction, non_negative, positive
+from gradxform._core.lift import lift
+from gradxform._core.masks import MaskLike
+from gradxform._core.norms import GLOBAL_NORM, LEAF_NORMS
+from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform.numerics.arithmetic import lerp, root
+from gradxform.numerics.norms import factor_to, norm
 
 
 def clip_by_param_norm(

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, positive
-from gradxform.core.lift import lift
-from gradxform.core.masks import MaskLike
-from gradxform.core.norms import GLOBAL_NORM
-from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.euclidean import factor_to, norm
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, positive
+from gradxform._core.lift import lift
+from gradxform._core.masks import MaskLike
+from gradxform._core.norms import GLOBAL_NORM
+from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform.numerics.norms import factor_to, norm
 
 
 def clip_by_value(max_value: Numeric) -> Transformation:

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform.core.arguments import Range, flag
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, fraction, ranged
-from gradxform.core.lift import lift
-from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import is_constant, lerp, one_minus_power
+from gradxform._core.arguments import Range, flag
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, fraction, ranged
+from gradxform._core.lift import lift
+from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform.numerics.arithmetic import is_constant, lerp, one_minus_power
 
 
 def scale_by_momentum(

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform.core.arguments import flag, square_dtype
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, fraction, non_negative
-from gradxform.core.lift import branch, lift
-from gradxform.core.rules import Array, Slots, Step
-from gradxform.numerics import (
+from gradxform._core.arguments import flag, square_dtype
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, fraction, non_negative
+from gradxform._core.lift import branch, lift
+from gradxform._core.rule import Array, Slots, Step
+from gradxform.numerics.arithmetic import (
     abs_squared,
     clamp,
     is_constant,

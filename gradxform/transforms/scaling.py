@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gradxform.core.arguments import FINITE
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, Schedule, non_negative, ranged
-from gradxform.core.lift import lift
-from gradxform.core.rules import Array, Slots, Step, no_slots
+from gradxform._core.arguments import FINITE
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, Schedule, non_negative, ranged
+from gradxform._core.lift import lift
+from gradxform._core.rule import Array, Slots, Step, no_slots
 
 
 def scale(factor: Numeric) -> Transformation:

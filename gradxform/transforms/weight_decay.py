@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gradxform.core.body import Transformation
-from gradxform.core.hyperparameters import Numeric, non_negative
-from gradxform.core.lift import lift
-from gradxform.core.masks import MaskLike
-from gradxform.core.rules import Array, Slots, Step, no_slots
-from gradxform.numerics import is_constant
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, non_negative
+from gradxform._core.lift import lift
+from gradxform._core.masks import MaskLike
+from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform.numerics.arithmetic import is_constant
 
 
 def add_decoupled_weight_decay(weight_decay: Numeric = 1e-4, mask: MaskLike | None = None) -> Transformation:

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradxform.core.arguments import axes, count_of, visible_dtype
-from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.hyperparameters import live
-from gradxform.core.leaves import Leaves, masked, trained, trained_leaves
-from gradxform.core.lift import lift
-from gradxform.core.meshes import divided_like
-from gradxform.core.norms import all_finite
-from gradxform.core.rules import Array, Slots, Step
-from gradxform.core.state import check_state_type, inner_hyperparams
-from gradxform.core.trees import concrete
-from gradxform.numerics import cast, lerp, no_update
+from gradxform._core.arguments import axes, count_of, visible_dtype
+from gradxform._core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform._core.hyperparameters import live
+from gradxform._core.leaves import Leaves, masked, trained, trained_leaves
+from gradxform._core.lift import lift
+from gradxform._core.meshes import divided_like
+from gradxform._core.norms import all_finite
+from gradxform._core.rule import Array, Slots, Step
+from gradxform._core.state import check_state_type, inner_hyperparams
+from gradxform._core.trees import concrete
+from gradxform.numerics.arithmetic import cast, lerp, no_update
 
 
 class AccumulateState(NamedTuple):

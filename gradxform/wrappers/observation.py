@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform.core import trees
-from gradxform.core.arguments import axes, one_of, visible_dtype
-from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.leaves import Leaves, trained_leaves
-from gradxform.core.masks import Table, table_of
-from gradxform.core.norms import bad_leaves, global_norm, leaf_norms, total
-from gradxform.core.state import check_state_type, inner_hyperparams
+from gradxform._core import trees
+from gradxform._core.arguments import axes, one_of, visible_dtype
+from gradxform._core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform._core.leaves import Leaves, trained_leaves
+from gradxform._core.masks import Table, table_of
+from gradxform._core.norms import bad_leaves, global_norm, leaf_norms, total
+from gradxform._core.state import check_state_type, inner_hyperparams
 
 
 class ObserveState(NamedTuple):

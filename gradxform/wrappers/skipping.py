@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform.core.arguments import axes, count_of, number_in, positive_range
-from gradxform.core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform.core.compiled import increment
-from gradxform.core.leaves import Leaves, trained_leaves
-from gradxform.core.norms import all_finite, global_norm
-from gradxform.core.state import check_state_type, inner_hyperparams
-from gradxform.core.trees import ANEW, aval, describe
-from gradxform.numerics import cast
+from gradxform._core.arguments import axes, count_of, number_in, positive_range
+from gradxform._core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform._core.compiled import increment
+from gradxform._core.leaves import Leaves, trained_leaves
+from gradxform._core.norms import all_finite, global_norm
+from gradxform._core.state import check_state_type, inner_hyperparams
+from gradxform._core.trees import ANEW, aval, describe
+from gradxform.numerics.arithmetic import cast
 
 _LOG = logging.getLogger("gradxform")
 

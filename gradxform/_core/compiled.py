@@ -1,0 +1,256 @@
+"""What runs compiled: made once per rules, by value, and traced once per shape and dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from gradxform._core import rule as one_array
+from gradxform._core import trees
+from gradxform._core.arguments import visible_dtype
+from gradxform._core.meshes import partitioned
+from gradxform._core.rule import Measure, Report, Rule, Scalars
+from gradxform.numerics import arithmetic as numerics
+from gradxform.numerics import rounding
+
+How: TypeAlias = Literal["wide", "round", "land"]
+"""What a pass gives: updates in the dtype of the arithmetic, in the parameters', or the new parameters."""
+
+
+def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step(how, final, dtype, scalars, own, update, slots, param, …)``, compiled; its results lie where these do."""
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    @functools.wraps(step)
+    def wrapped(how, final, dtype, scalars, own, update, slots, param, *more):  # pyright: ignore[reportMissingParameterType] (as `step`)
+        like = (param if how == "land" else update), slots
+        return partitioned(functools.partial(step, how, final, dtype), like, scalars, own, update, slots, param, *more)
+
+    return wrapped
+
+
+@functools.lru_cache(maxsize=4096)
+def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
+    """``leaf_update(how, final, dtype, scalars, own, update, slots, param, taken)``: rules on one leaf.
+
+    `own` are the numbers of the leaf that the first rule measured. Where `taken` is False nothing changes.
+    """
+
+    @compiled
+    def leaf_update(how, final, dtype, scalars, own, update, slots, param, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
+            structure = _slot_structure(rules)
+            state = structure.unflatten([_widened(slot, dtype) for slot in slots])
+            wide = None if param is None else numerics.cast(param, dtype)
+            keep = _Keeper(scalars.seed, taken)
+            new_update, new_state = one_array.run(rules, scalars, numerics.cast(update, dtype), state, wide, keep)
+            new_slots = structure.flatten_up_to(new_state)
+            result = _moved(dtype, param, new_update, taken) if how == "land" else _update(new_update, final, taken)
+            return result, tuple(
+                keep.narrow[id(new)][0] if id(new) in keep.narrow else numerics.cast(new, trees.dtype_of(old))
+                for new, old in zip(new_slots, slots, strict=True)
+            )
+
+    return leaf_update
+
+
+@functools.lru_cache(maxsize=4096)
+def on_batch(rules: tuple[Rule, ...]) -> Callable[..., tuple[list[jax.Array], list[tuple[Any, ...]]]]:
+    """`on_leaf` for several leaves of one shape, stacked; what differs from leaf to leaf comes in lists."""
+
+    @compiled
+    def batch_update(how, final, dtype, scalars, own, updates, slots, params, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        def one(own: Any, update: Any, slots: Any, param: Any) -> Any:
+            return on_leaf(rules)(how, final, dtype, scalars, own, update, slots, param, taken)
+
+        stacks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *some) for some in (own, updates, slots, params))
+        results = jax.vmap(one)(*stacks)
+        some = [jax.tree.map(lambda whole, place=place: whole[place], results) for place in range(len(updates))]
+        return [update for update, _ in some], [new for _, new in some]
+
+    return batch_update
+
+
+def _update(update: jax.Array, dtype: np.dtype[Any], taken: Any) -> jax.Array:
+    update = numerics.cast(update, dtype)
+    return update if taken is None else jnp.where(taken, update, numerics.no_update(update))
+
+
+def _moved(dtype: Any, param: Any, update: Any, taken: Any) -> jax.Array:
+    """θ + u, rounded once, from the precision of the arithmetic."""
+    new = numerics.cast(jax.lax.add(numerics.cast(param, dtype), numerics.cast(update, dtype)), trees.dtype_of(param))
+    return new if taken is None else jnp.where(taken, new, param)
+
+
+_moved_alone = jax.jit(_moved, static_argnums=0)
+
+
+def landed(dtype: Any, param: Any, update: Any, taken: Any) -> jax.Array:
+    """`_moved`, compiled by itself where nothing around it is: a call more to trace is more than what it does."""
+    return (_moved_alone if trees.concrete(update) else _moved)(dtype, param, update, taken)
+
+
+class _Keeper:
+    """What the state keeps of the moments of one leaf."""
+
+    def __init__(self, seed: Any, taken: Any) -> None:
+        self._seed, self._taken = seed, taken
+        self._number = itertools.count()
+        self.narrow: dict[int, tuple[jax.Array, jax.Array]] = {}
+        """What was rounded, by the id of what stands for it in the arithmetic, which is kept beside."""
+
+    def __call__(self, rule: Rule, new: jax.Array, old: jax.Array) -> jax.Array:
+        """Below float32 rounded stochastically, for to nearest small changes are lost; the old where none is taken."""
+        index, dtype = next(self._number), rule.state_dtype
+        if _narrow(dtype) and jnp.issubdtype(new.dtype, jnp.inexact):
+            # the same seed for every leaf: a number of its own would make every leaf a kernel of its own to compile
+            narrow = rounding.rounded_at_random(new, dtype, rounding.seed_for(self._seed, index))
+            if self._taken is not None:
+                narrow = jnp.where(self._taken, narrow, old.astype(dtype))
+            wide = narrow.astype(new.dtype)
+            self.narrow[id(wide)] = narrow, wide
+            return wide
+        return new if self._taken is None else jnp.where(self._taken, new, old)
+
+
+def _narrow(dtype: np.dtype[Any] | None) -> bool:
+    """Whether a state of this dtype is rounded at random."""
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 4
+
+
+@functools.lru_cache(maxsize=4096)
+def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
+    """``step_scalars(dtype, count, dynamic)``: what is the same for all leaves whose arithmetic has this real dtype."""
+
+    narrow = any(_narrow(inner.state_dtype) for rule in rules for inner in rule.walk())
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step_scalars(dtype, count, dynamic):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            number = increment(count).astype(dtype)
+            seed = rounding.mix(jnp.asarray(count).astype(np.uint32)) if narrow else None
+            scalars = Scalars(number, seed, {name: value.astype(dtype) for name, value in dynamic.items()})
+            return dataclasses.replace(scalars, prepared=one_array.prepare(rules, scalars))
+
+    return step_scalars
+
+
+@functools.lru_cache(maxsize=256)
+def measured(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]:
+    """``leaf_measure(dtype, update)``: the numbers of one leaf."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def leaf_measure(dtype, update):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            return partitioned(lambda x: measure.of(numerics.cast(x, dtype)), PartitionSpec(), update)
+
+    return leaf_measure
+
+
+@functools.lru_cache(maxsize=256)
+def measured_jointly(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]:
+    """``joint_measure(dtype, groups)``: the numbers of groups of leaves, stacked."""
+    assert measure.joint is not None
+    joint = measure.joint
+
+    def on_whole(dtype: Any, groups: Any) -> Mapping[str, jax.Array]:
+        return joint([[numerics.cast(update, dtype) for update in group] for group in groups])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def joint_measure(dtype, groups):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            return partitioned(functools.partial(on_whole, dtype), PartitionSpec(), groups)
+
+    return joint_measure
+
+
+@functools.lru_cache(maxsize=4096)
+def gathered(rule: Rule) -> Callable[..., tuple[Scalars, dict[str, jax.Array], Report]]:
+    """``all_leaves(dtype, scalars, numbers, memory)``: scalars with what a rule makes of the numbers of all leaves."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def all_leaves(dtype, scalars, numbers, memory):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        with jax.numpy_dtype_promotion("standard"):
+            remembered = {name: value.astype(dtype) for name, value in memory.items()}
+            step = one_array.step_of(rule, scalars, scalars.prepared[0], remembered)
+            gathered = dict(rule.gather(numbers, step)) if rule.gather else {}
+            report = {name: jnp.asarray(gathered[name], np.float32) for name in rule.reports}
+            new = {name: jnp.asarray(gathered.pop(name), old.dtype) for name, old in memory.items()}
+            return scalars.with_own({key: jnp.asarray(value, dtype) for key, value in gathered.items()}), new, report
+
+    return all_leaves
+
+
+@jax.jit
+def increment(count: jax.Array) -> jax.Array:
+    """One more, but never more than its dtype holds."""
+    return jax.lax.min(count, np.asarray(np.iinfo(count.dtype).max - 1, count.dtype)) + 1
+
+
+@jax.jit
+def stacked(numbers: list[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The numbers of all leaves, each stacked into an array."""
+    with jax.numpy_dtype_promotion("standard"):
+        return {key: jnp.stack([one[key] for one in numbers]) for key in numbers[0]}
+
+
+cast = jax.jit(numerics.cast, static_argnums=1)
+
+
+# What is known of a rule's state before any array is there.
+
+
+@functools.lru_cache(maxsize=4096)
+def _slot_structure(rules: tuple[Rule, ...]) -> Any:
+    example = jax.ShapeDtypeStruct((), np.float32)
+    return jax.tree.structure(jax.eval_shape(lambda: one_array.init(rules, jnp.zeros_like(example))))
+
+
+def slot_avals(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[trees.Aval]:
+    """Shape and dtype of the arrays that `rules` keep for a leaf."""
+    return _slot_avals(rules, shape, dtype, visible_dtype())  # which x64 changes, as it may what a rule's init makes
+
+
+@functools.lru_cache(maxsize=65536)
+def _slot_avals(
+    rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any], visible: Any
+) -> list[trees.Aval]:
+    param = jax.ShapeDtypeStruct(shape, trees.compute_dtype(dtype))
+    slots = jax.eval_shape(functools.partial(one_array.init, rules), param)
+    return [trees.aval(slot) for slot in jax.tree.leaves(slots)]
+
+
+def slot_names(rules: tuple[Rule, ...]) -> list[str]:
+    """What the rules call their arrays, in the order of the leaves of their state."""
+    return [path[-1].key for path in _slot_paths(rules)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _slot_paths(rules: tuple[Rule, ...]) -> list[Any]:
+    structure = _slot_structure(rules)
+    paths, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
+    return [path for path, _ in paths]
+
+
+@functools.lru_cache(maxsize=4096)
+def owned_slots(rules: tuple[Rule, ...], variant: tuple[Rule, ...]) -> dict[int, int]:
+    """Where the arrays of `variant`, what one leaf gets of `rules`, stand among theirs: place there to place here."""
+    own = _slot_paths(variant)
+    return {place: own.index(path) for place, path in enumerate(_slot_paths(rules)) if path in own}
+
+
+def _widened(slot: Any, dtype: np.dtype[Any]) -> jax.Array:
+    """A moment at the leaf's arithmetic precision; real moments of complex leaves stay real, counters whole."""
+    own = trees.dtype_of(slot)
+    if not trees.trainable(own):
+        return slot
+    return numerics.cast(slot, dtype if trees.is_complex(own) else numerics.real_dtype(dtype))

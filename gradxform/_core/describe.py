@@ -1,0 +1,257 @@
+"""What a transformation does to each leaf of a model, and what it costs, before anything is allocated."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from gradxform._core import trees
+from gradxform._core.body import Assigned, Body, body_of
+from gradxform._core.hyperparameters import Hyperparameter
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafDescription:
+    """One leaf: where it stands, and what it gets."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    group: str
+    """The pattern of `by_path` that it matches, ``default``, or nothing."""
+    frozen: bool
+    hyperparameters: dict[str, Hyperparameter]
+    state_bytes: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.shape))
+
+    @property
+    def bytes(self) -> int:
+        """What the leaf itself takes."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `describe` found; its `str` is the table that it printed."""
+
+    leaves: tuple[LeafDescription, ...]
+    shared_bytes: int
+    """State that belongs to no single leaf: counters, hyperparameters, seeds."""
+
+    @property
+    def size(self) -> int:
+        """The number of elements in all leaves."""
+        return sum(leaf.size for leaf in self.leaves)
+
+    @property
+    def state_bytes(self) -> int:
+        """All of the state."""
+        return self.shared_bytes + sum(leaf.state_bytes for leaf in self.leaves)
+
+    @property
+    def state_bytes_per_parameter(self) -> float:
+        """The state of the leaves by the number of their elements."""
+        return sum(leaf.state_bytes for leaf in self.leaves) / max(1, self.size)
+
+    def __rich__(self) -> Any:
+        from rich.box import SIMPLE_HEAD  # only needed here, and slower to import than the library
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        usual = self._usual()
+        sections: dict[str, list[LeafDescription]] = {}
+        for leaf in self.leaves:
+            sections.setdefault(_title(leaf, usual), []).append(leaf)
+        rows = {title: _folded(sections[title]) for title in sorted(sections, key=bool)}  # what has none comes first
+        folded = any(len(some) > 1 for section in rows.values() for _, some in section)
+        mixed = len(self._dtypes) > 1
+        table = Table(box=SIMPLE_HEAD, show_edge=False)
+        table.add_column("path", overflow="fold")
+        for title, shown in {"leaves": folded, "shape": True, "dtype": mixed, "state": True}.items():
+            if shown:
+                table.add_column(title, justify="right" if title in ("leaves", "state") else "left", no_wrap=True)
+
+        def add(path: str, leaves: Sequence[LeafDescription], shape: str, dtype: str, style: str | None = None) -> None:
+            cells = [path, *([str(len(leaves))] if folded else []), shape, *([dtype] if mixed else [])]
+            table.add_row(*map(Text, [*cells, _bytes(sum(leaf.state_bytes for leaf in leaves))]), style=style)
+
+        for title, section in rows.items():
+            if title:
+                table.add_section()
+                add(title, sections[title], "", "", "bold")
+            for path, some in section:
+                shape = "×".join(map(str, some[0].shape)) or "scalar"
+                add("  " * bool(title) + (path or "(the only leaf)"), some, shape, str(some[0].dtype))
+        unless = ", unless said above" if len(sections) > 1 else ""
+        lines = [f"hyperparameters{unless}: {_joined(usual)}"] if usual else []
+        return Group(table, "", *map(Text, [*lines, self._totals()]))
+
+    def _usual(self) -> Mapping[str, Hyperparameter]:
+        """The hyperparameters of the default, or where there are no groups, of most parameters."""
+        sizes: collections.Counter[tuple[tuple[str, Hyperparameter], ...]] = collections.Counter()
+        for leaf in self.leaves:
+            if not leaf.frozen and leaf.group in ("", "default"):
+                sizes[tuple(leaf.hyperparameters.items())] += leaf.size
+        return dict(max(sizes, key=sizes.__getitem__, default=()))
+
+    @property
+    def _dtypes(self) -> set[np.dtype[Any]]:
+        return {leaf.dtype for leaf in self.leaves}
+
+    def _totals(self) -> str:
+        trained = sum(leaf.size for leaf in self.leaves if not leaf.frozen)
+        frozen = f", {trained:,} of them trained" if trained != self.size else ""
+        dtype = f" of {next(iter(self._dtypes))}" if len(self._dtypes) == 1 else ""
+        return (
+            f"{len(self.leaves)} {'leaf' if len(self.leaves) == 1 else 'leaves'}{dtype}, "
+            f"{self.size:,} parameters{frozen}, {_bytes(sum(leaf.bytes for leaf in self.leaves))}; "
+            f"state {_bytes(self.state_bytes)}, {self.state_bytes_per_parameter:.4g} bytes per parameter"
+        )
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def describe(tx: optax.GradientTransformation, params: Any, *, show: bool = True) -> Description:
+    """Print which leaf gets what: path, shape, dtype, group, hyperparameters, bytes of state; and the totals.
+
+    Nothing is allocated: shapes are enough.
+
+    Args:
+      tx: Any transformation, ours or foreign.
+      params: A tree of arrays or `jax.ShapeDtypeStruct`.
+      show: Whether to print the table.
+
+    Returns:
+      The same, for programs: ``leaves`` with ``state_bytes`` each, ``shared_bytes``, ``state_bytes_per_parameter``.
+
+    Raises:
+      TypeError, ValueError: what ``tx.init(params)`` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.bfloat16)}
+      >>> found = gx.describe(gx.compensated(gx.adamw(1e-3), "int8"), params, show=False)
+      >>> found.state_bytes_per_parameter, found.leaves[0].hyperparameters["b2"]
+      (9.0, 0.999)
+    """
+    body = body_of("tx of describe", tx)
+    leaves, structure = trees.flatten("params", params)
+    shapes = structure.unflatten([jax.ShapeDtypeStruct(*trees.aval(leaf)) for leaf in leaves])
+    state = jax.eval_shape(body.init, shapes)
+    per_leaf = _bytes_by_leaf(body, shapes)
+    everything = sum(_nbytes(leaf) for leaf in jax.tree.leaves(state))
+    assigned = body.assign(shapes)
+    description = Description(
+        tuple(
+            _leaf(path, leaf, one, size)
+            for path, leaf, one, size in zip(
+                trees.paths(structure), jax.tree.leaves(shapes), assigned, per_leaf, strict=True
+            )
+        ),
+        everything - sum(per_leaf),
+    )
+    if show:
+        from rich import print as rich_print
+
+        rich_print(description)
+    return description
+
+
+def _leaf(path: str, leaf: jax.ShapeDtypeStruct, assigned: Assigned, state_bytes: int) -> LeafDescription:
+    hyperparameters = {} if assigned.frozen else dict(assigned.hyperparameters)
+    return LeafDescription(
+        path, leaf.shape, np.dtype(leaf.dtype), assigned.group, assigned.frozen, hyperparameters, state_bytes
+    )
+
+
+def _bytes_by_leaf(body: Body, params: Any) -> list[int]:
+    """The bytes of state that belong to each leaf: those whose path ends with the leaf's."""
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
+        return _bytes_by_leaf(body, {"": params})  # a bare array has no path to tell it by
+    state = jax.eval_shape(body.init, params)
+    places = {path: place for place, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])}
+    totals = [0] * len(places)
+    longest = max(map(len, places), default=0)
+    for path, array in jax.tree_util.tree_flatten_with_path(state)[0]:
+        ends = (path[-length:] for length in range(min(longest, len(path)), 0, -1))
+        place = next((places[end] for end in ends if end in places), None)
+        if place is not None:
+            totals[place] += _nbytes(array)
+    return totals
+
+
+def _nbytes(leaf: Any) -> int:
+    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _folded(leaves: Sequence[LeafDescription]) -> list[tuple[str, list[LeafDescription]]]:
+    """Rows of leaves that only numbers in their paths tell apart, such as ``blocks/{0…11}/kernel``."""
+    alike: dict[Any, list[LeafDescription]] = {}
+    for leaf in leaves:
+        alike.setdefault((_NUMBER.sub("#", leaf.path), leaf.shape, leaf.dtype, leaf.state_bytes), []).append(leaf)
+    rows: list[tuple[str, list[LeafDescription]]] = []
+    for some in alike.values():
+        parts = [sorted(set(part), key=len) for part in zip(*(_NUMBER.split(leaf.path) for leaf in some), strict=True)]
+        whole = math.prod(map(len, parts)) == len(some)
+        rows += [("".join(map(_range, parts)), some)] if whole else [(leaf.path, [leaf]) for leaf in some]
+    return rows
+
+
+_NUMBER = re.compile(r"(\d+)")
+
+
+def _range(parts: list[str]) -> str:
+    if len(parts) == 1:
+        return parts[0]
+    numbers = sorted(map(int, parts))
+    consecutive = len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1
+    return f"{{{numbers[0]}…{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
+
+
+def _title(leaf: LeafDescription, usual: Mapping[str, Hyperparameter]) -> str:
+    """What a leaf has that is not usual: its group, being frozen, other hyperparameters."""
+    own = leaf.hyperparameters
+    if leaf.frozen:
+        text = "frozen"
+    elif own and own.keys() == usual.keys():
+        text = ", ".join(f"{name}={value!r}" for name, value in own.items() if value != usual[name])
+    elif not leaf.group and own.keys() < usual.keys():
+        text = f"no {', '.join(name for name in usual if name not in own)}"
+    else:
+        text = _joined(own) or ("no hyperparameters known" if leaf.group else "")
+    return ": ".join(filter(None, (leaf.group, text)))
+
+
+def _joined(hyperparameters: Mapping[str, Hyperparameter]) -> str:
+    """As one writes arguments; those that are zero by default and off are left out."""
+    always = ("learning_rate", "weight_decay")
+    on = {n: h for n, h in hyperparameters.items() if n in always or not (h.constant and h.value == 0.0)}
+    return ", ".join(f"{name}={value!r}" for name, value in on.items())
+
+
+def _bytes(number: int) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            break
+        number = number / 1000  # pyright: ignore[reportAssignmentType] (a float from here on)
+    return f"{number:.4g} {unit}"

@@ -1,0 +1,140 @@
+"""Groups of leaves by their paths, each with an optimizer of its own, other numbers, or none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from gradxform._core.arguments import flag
+from gradxform._core.body import Transformation
+from gradxform._core.chain import Chain
+from gradxform._core.lift import stages_of
+from gradxform._core.masks import MaskLike, mask_of, table_of
+from gradxform._core.rule import Array, Rule, Slots, Step, no_slots
+from gradxform._core.stages import Group, Groups, Stage, TreeStage
+from gradxform.numerics.arithmetic import no_update
+
+
+def by_path(
+    groups: Mapping[str | re.Pattern[str], optax.GradientTransformation | Mapping[str, Any]],
+    default: optax.GradientTransformation | None = None,
+    *,
+    joint_norm: bool = True,
+) -> Transformation:
+    """u ← txₖ(u) on the leaves of group k: an optimizer, other hyperparameters or `freeze` for every path pattern.
+
+    Paths are written ``encoder/0/kernel``, the same for dicts, lists, named tuples and the parameters of Flax
+    Linen, Flax NNX, Haiku and Equinox.
+
+    Args:
+      groups: For each pattern one of
+
+        - a transformation, which sees the leaves of its group only;
+        - a dict of overrides: the default with other hyperparameters, by the names they have there, such as
+          ``{"weight_decay": 0.0}`` or ``{"learning_rate": gx.times(0.1)}``;
+        - `freeze`.
+
+        A pattern is a regular expression for the whole path, a string or compiled; `glob` makes one of wildcards.
+      default: What the leaves get that no pattern matches; None if there must be none.
+      joint_norm: Whether groups that clip by a norm over all leaves share one norm; False for one per group. The
+        norms of other libraries' transformations are always their group's own.
+
+    Returns:
+      A transformation with one state; hyperparameters of a group show as ``<pattern>/learning_rate``.
+
+    Raises:
+      TypeError, ValueError: if a group is none of these, an override names no hyperparameter of the default or is
+        out of its range, and in `init` and ``update`` if a leaf has no group or two or a pattern matches no leaf.
+
+    References:
+      Layer-wise decay: Clark et al. 2020, arXiv 2003.10555; widths: Yang et al. 2022, arXiv 2203.03466, table 8.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.by_path(
+      ...     {
+      ...         ".*bias": {"weight_decay": 0.0},
+      ...         "head/kernel": {"learning_rate": gx.times(0.5)},
+      ...         "embed": gx.freeze(),
+      ...     },
+      ...     default=gx.adamw(0.1, weight_decay=0.01),
+      ... )
+      >>> params = {"embed": jnp.ones(2), "head": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "w": jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> print(state.mu["embed"], state.hyperparams)
+      MaskedNode() {'learning_rate': Array(0.1, dtype=float32), 'head/kernel/learning_rate': Array(0.05, dtype=float32)}
+    """
+    if not isinstance(groups, Mapping) or not groups:  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
+        raise TypeError(f"groups must be a dict from patterns to transformations or overrides, got {groups!r}")
+    table = table_of("by_path", groups, has_default=default is not None)
+    base = () if default is None else _stages("default", default)
+    members = [
+        _overridden(name, value, base, default) if isinstance(value, Mapping) else own_group(name, value)
+        for name, value in zip(table.names(), groups.values(), strict=True)
+    ]
+    if default is not None:
+        members.append(Group(base, default))
+    stage = Groups(table, tuple(members), flag("joint_norm", joint_norm))
+    stage.expanded()  # raises where the groups do not fit together
+    return Transformation.of(Chain((stage,)))
+
+
+def freeze(mask: MaskLike | None = None) -> Transformation:
+    """u ← −0: the parameter stays as it is, to the bit, and has no state and no part in a global norm.
+
+    In a chain, the leaves are frozen for all its transformations, those before and after it.
+
+    Args:
+      mask: Which leaves are frozen; see `add_decoupled_weight_decay`. Default all.
+
+    Raises:
+      TypeError, ValueError: see `add_decoupled_weight_decay`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.chain(gx.clip_by_global_norm(1.0), gx.freeze("embed"), gx.sgd(0.1))
+      >>> params = {"embed": jnp.ones(2), "w": jnp.ones(1)}
+      >>> updates, _ = tx.update({"embed": jnp.full(2, 1e9), "w": jnp.full(1, 0.5)}, tx.init(params), params)
+      >>> print(updates["embed"], updates["w"])
+      [-0. -0.] [-0.05]
+    """
+    return Transformation.of(Chain((Rule("freeze", freeze, no_slots, _stay, mask=mask_of(mask), freezes=True),)))
+
+
+def _stay(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    return no_update(update), state
+
+
+def own_group(name: str, value: Any) -> Group:
+    """A transformation of its own for the group; what it shows is led by the group's name."""
+    stages = _stages(f"the group {name!r}", value)
+    return Group(tuple(stage.shown_in(name) if isinstance(stage, Rule) else stage for stage in stages), value)
+
+
+def _overridden(name: str, changes: Mapping[str, Any], base: tuple[Stage, ...], default: Any) -> Group:
+    """The default with other hyperparameters."""
+    if default is None:
+        raise ValueError(f"the group {name!r} overrides hyperparameters of the default: give default=")
+    rules = [stage for stage in base if isinstance(stage, Rule)]
+    known = {str(h.name): h for rule in rules for h in rule.hyperparameters}
+    for key in changes:
+        if key not in known:
+            wrapped = next((stage for stage in base if isinstance(stage, TreeStage)), None)
+            hint = f"; overrides do not reach into {wrapped!r}: wrap by_path in it" if wrapped else ""
+            raise ValueError(
+                f"the group {name!r} overrides {key!r}; the default has {', '.join(map(repr, known)) or 'none'}{hint}"
+            )
+    stages = tuple(stage.override(changes, name) if isinstance(stage, Rule) else stage for stage in base)
+    return Group(stages, dict(changes))
+
+
+def _stages(name: str, tx: Any) -> tuple[Stage, ...]:
+    stages = stages_of(name, tx)
+    if any(isinstance(stage, Groups) for stage in stages):
+        raise TypeError(f"{name} of by_path holds another by_path; put all patterns into one")
+    return stages

@@ -1,0 +1,143 @@
+"""Arrays on meshes: the devices they lie on, the axes they are divided over, and who divides the work on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from gradxform._core.trees import concrete, name_leaf
+
+# Meshes whose axes the compiler divides, and those that types show
+
+
+def spec_of(x: Any, shape: tuple[int, ...] | None = None) -> PartitionSpec:
+    """How the type of an array says that it is divided; of one of this `shape` beside it, not at all if it can't be."""
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if shape is None or _divides(sharding, shape) else PartitionSpec()
+
+
+def partitioned(function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
+    """``function(*arguments)``, its results divided `like` these arrays or specs, if the types of arguments show some.
+
+    In between the compiler divides the work, as it does on other meshes: mathematics on one array need not say how each
+    product or reshape of it is divided. JAX's `make_mesh` makes meshes whose axes are types.
+    """
+    meshes = [kind.mesh for leaf in jax.tree.leaves(arguments) if _divided(kind := jax.typeof(leaf).sharding)]
+    if not meshes:
+        return function(*arguments)
+
+    def placed(one: Any) -> NamedSharding:
+        return NamedSharding(meshes[0], one if isinstance(one, PartitionSpec) else spec_of(one))
+
+    automatic = jax.sharding.auto_axes(function, axes=meshes[0].explicit_axes, out_sharding=jax.tree.map(placed, like))
+    return automatic(*arguments)
+
+
+def divided_like(other: Any, x: Any) -> Any:
+    """`x`, divided as the type of another array of its shape says that that is."""
+    sharding = jax.typeof(other).sharding
+    return jax.sharding.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
+
+
+def _divided(sharding: NamedSharding) -> bool:
+    """Whether the type of an array says that it is divided."""
+    return AxisType.Explicit in sharding.mesh.axis_types and any(axes is not None for axes in sharding.spec)
+
+
+def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be divided like that."""
+    if len(sharding.spec) > len(shape):
+        return False
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
+
+
+# Concrete arrays
+
+
+def everywhere(tree: Any) -> NamedSharding | None:
+    """All devices of the mesh that the arrays of a tree are on, if they are on one."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree) if concrete(leaf)]
+    meshes = [some.mesh for some in shardings if isinstance(some, NamedSharding) and isinstance(some.mesh, Mesh)]
+    return NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+
+
+def spread(state: Any, params: Any) -> Any:
+    """The state with what `init` made from nothing on all devices of the parameters' mesh, if they are on one.
+
+    A scalar on one device beside arrays on a mesh would be traced anew when it comes back from a step, and a checkpoint
+    would bring it back bound to that device.
+    """
+    sharding = everywhere(params)
+    if sharding is None:
+        return state
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or not concrete(leaf) or leaf.committed:
+            return leaf
+        return jax.device_put(leaf, sharding) if isinstance(leaf.sharding, SingleDeviceSharding) else leaf
+
+    return jax.tree.map(one, state)
+
+
+def put_beside(x: Any, tree: Any) -> Any:
+    """An array on all devices of the mesh that the arrays of a tree are on, if they are on one."""
+    sharding = everywhere(tree)
+    return x if sharding is None or not (isinstance(x, jax.Array) and concrete(x)) else jax.device_put(x, sharding)
+
+
+def put_like(other: Any, x: Any) -> Any:
+    """`x` on the devices of a concrete array, divided as it is if it can be."""
+    sharding = getattr(other, "sharding", None) if concrete(other) else None
+    if not isinstance(sharding, NamedSharding):
+        return x
+    return jax.device_put(x, sharding if _divides(sharding, x.shape) else NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+# Inside `shard_map` and `pmap`
+
+
+def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structure: Any, index: int) -> tuple[str, ...]:
+    """The axes in `axis_name` over which a leaf inside `shard_map` or `pmap` is one shard of several.
+
+    Raises if it is sharded over others. Where JAX does not track what varies, under `pmap` or ``check_vma=False``,
+    every leaf counts as sharded over all of `axis_name`.
+    """
+    if axis_name == ():
+        return ()
+    varying = varying_over(leaf)
+    strange = varying.difference(axis_name or ())
+    if strange:
+        raise ValueError(
+            f"{name_leaf('updates', structure, index)} varies over the mesh axis {', '.join(sorted(strange))}, and "
+            f"{who} would see one shard of it: say axis_name={sorted(varying)}, or average the gradients first if "
+            "they are of different batches; axis_name=() takes each shard by itself"
+        )
+    if axis_name is None:
+        return ()
+    return tracked(axis_name, varying)
+
+
+def tracked(axes: tuple[str, ...], varying: frozenset[str]) -> tuple[str, ...]:
+    """Those of `axes` over which an array varies: all where JAX does not track it."""
+    return tuple(axis for axis in axes if axis in varying or not varying_over(jax.lax.axis_index(axis)))
+
+
+def check_whole(leaf: Any, who: str, structure: Any, index: int) -> None:
+    """Raise if a leaf inside `shard_map` is one shard of several."""
+    if varying := varying_over(leaf):
+        raise ValueError(
+            f"{name_leaf('updates', structure, index)} varies over the mesh axis {', '.join(sorted(varying))}, and "
+            f"{who} needs whole arrays; let jit shard it, or average the gradients first"
+        )
+
+
+def varying_over(x: Any) -> frozenset[str]:
+    """The mesh axes over which JAX knows an array to differ."""
+    return frozenset() if concrete(x) else jax.typeof(x).manual_axis_type.varying

@@ -1,0 +1,336 @@
+"""A rule: an optimizer's mathematics on one array. Nothing here knows about trees.
+
+A rule reads its hyperparameters, options and branches from ``step``:
+
+    step.number      1 at the first update, a scalar of the arithmetic's dtype
+    step.decay       the current value of the argument `decay`
+    step.at_most     what no |u| of the update exceeds, a float; infinity where that is not known
+    step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
+    step.keep        ``mu = step.keep("mu", mu)``: what the state will hold of a new moment, to go on with
+
+together with whatever its own `prepare` and `gather` computed for this step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from gradxform._core.hyperparameters import Hyperparameter
+from gradxform._core.masks import Mask
+from gradxform._core.trees import is_complex, trainable
+
+Array: TypeAlias = jax.Array
+Report: TypeAlias = dict[str, Array]
+"""What a step tells besides its result: scalars by name, such as ``clipped``."""
+Slots: TypeAlias = dict[str, Any]
+"""The state of one rule for one array, by name: ``{"mu": m}``; a branch's state stands under the branch's name."""
+
+
+class Step(types.SimpleNamespace):
+    """What is the same for every leaf in one step: the step number, hyperparameters and prepared scalars.
+
+    A rule may pass a new moment through ``step.keep(name, value)`` before it makes the update of it. What comes back is
+    what the state will hold: rounded where the state is kept in a narrower dtype, the old one where a guard skips the
+    step. Then the moment is written once and read back; otherwise XLA keeps a copy of the old one to compute with.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"step has no {name!r}; it has {', '.join(sorted(vars(self)))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+    """A hyperparameter's place in a compiled rule, filled at every step."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Rules that another rule applies to its own input."""
+
+    rules: tuple[Rule, ...]
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.rules))})"
+
+
+def no_slots(param: Array) -> Slots:
+    """{}: the `init` of a rule without state.
+
+    Args:
+      param: The parameter; not looked at.
+
+    Example: see `lift`.
+    """
+    return {}
+
+
+def pass_through(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    """u ← u"""
+    return update, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a rule wants to know of all leaves before it acts: numbers of each, and how those of shards make one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> LARGEST = gx.Measure(
+      ...     of=lambda update: {"largest": jnp.max(jnp.abs(update))},
+      ...     across=lambda numbers, axes: {"largest": jax.lax.pmax(numbers["largest"], axes)},
+      ... )
+      >>> def divide_by_largest(axis_name=None):
+      ...     def gather(measured, step):
+      ...         return {"all": jnp.max(measured["largest"])}
+      ...     def update(update, state, param, step):
+      ...         return update / step.all, state
+      ...     return gx.lift(gx.no_slots, update, measure=LARGEST, gather=gather, axis_name=axis_name)
+      >>> tx = divide_by_largest()
+      >>> print(tx.update({"a": jnp.array(4.0), "b": jnp.array(-1.0)}, tx.init({"a": 0.0, "b": 0.0}))[0]["b"])
+      -0.25
+    """
+
+    of: Callable[[Array], Mapping[str, Array]]
+    """Scalars of one array, by name."""
+    across: Callable[[Mapping[str, Array], tuple[str, ...]], Mapping[str, Array]] | None = None
+    """From a mesh's shards, the numbers stacked over leaves and the axes they are sharded over, to the whole."""
+    joint: Callable[[Sequence[Sequence[Array]]], Mapping[str, Array]] | None = None
+    """Of groups of arrays of one shape and dtype, the numbers of each group, stacked: then `gather` sees groups in
+    place of leaves, and no leaf its own numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One transformation of one array; see `lift` for the meaning of the fields."""
+
+    name: str
+    constructor: Callable[..., Any] | None
+    init: Callable[[Array], Slots]
+    update: Callable[[Array, Slots, Array | None, Step], tuple[Array, Slots]]
+    prepare: Callable[[Step], Mapping[str, Any]] | None = None
+    measure: Measure | None = None
+    gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None
+    memory: tuple[tuple[str, float], ...] = ()
+    reports: tuple[str, ...] = ()
+    axis_name: tuple[str, ...] | None = None
+    mask: Mask | None = None
+    whole: bool = False
+    fits: Callable[[tuple[int, ...], Any], str | None] | None = None
+    batched: bool | None = False
+    freezes: bool = False
+    needs_params: bool = False
+    at_most: str | None = None
+    state_dtype: np.dtype[Any] | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def branches(self) -> list[tuple[str, tuple[Rule, ...]]]:
+        return [(name, value.rules) for name, value in self.arguments if isinstance(value, Branch)]
+
+    def walk(self) -> Iterator[Rule]:
+        """The rule itself, then those of its branches."""
+        yield self
+        for _, rules in self.branches:
+            for rule in rules:
+                yield from rule.walk()
+
+    @property
+    def hyperparameters(self) -> list[Hyperparameter]:
+        """Its own and those of its branches."""
+        return [value for rule in self.walk() for _, value in rule.arguments if isinstance(value, Hyperparameter)]
+
+    def bind(self, name_of: Callable[[Hyperparameter], str]) -> Rule:
+        """The rule with every constant in place and a name where a value changes: hashable, free of arrays."""
+
+        def bound(value: Any) -> Any:
+            if isinstance(value, Hyperparameter):
+                return value.value if value.constant else Dynamic(name_of(value))
+            return value
+
+        return self._mapped(lambda rule: rule.bind(name_of), bound)
+
+    def select(self, acts: Callable[[Mask], bool]) -> Rule:
+        """The rule for one leaf: where a mask leaves the leaf out, nothing stands in its place, without state."""
+        if self.mask is not None and not acts(self.mask):
+            return NOTHING
+        return dataclasses.replace(self._mapped(lambda rule: rule.select(acts)), mask=None)
+
+    def override(self, changes: Mapping[str, Any], group: str) -> Rule:
+        """The rule in a group that has other values of some hyperparameters."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Hyperparameter) and value.name in changes:
+                return value.replaced(changes[str(value.name)], group)
+            return value
+
+        return self._mapped(lambda rule: rule.override(changes, group), changed)
+
+    def shown_in(self, group: str) -> Rule:
+        """The rule with the name of its group before those of its hyperparameters."""
+
+        def led(value: Any) -> Any:
+            return dataclasses.replace(value, group=group) if isinstance(value, Hyperparameter) else value
+
+        return self._mapped(lambda rule: rule.shown_in(group), led)
+
+    def _mapped(self, on_rule: Callable[[Rule], Rule], on_value: Callable[[Any], Any] = lambda value: value) -> Rule:
+        """The rule with its branches' rules and its own other arguments replaced."""
+
+        def one(value: Any) -> Any:
+            return Branch(tuple(map(on_rule, value.rules))) if isinstance(value, Branch) else on_value(value)
+
+        return dataclasses.replace(self, arguments=tuple((key, one(value)) for key, value in self.arguments))
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(self.constructor).parameters if self.constructor else {}
+        dtype = None if self.state_dtype is None else str(self.state_dtype)
+        parts: list[str] = []
+        axis = self.axis_name if self.axis_name is None or len(self.axis_name) != 1 else self.axis_name[0]
+        for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", dtype), ("axis_name", axis)):
+            default: Any = defaults[key].default if key in defaults else None
+            off = value in (None, False, Branch(()), Hyperparameter(0.0))
+            if not parts and isinstance(value, Hyperparameter):
+                parts.append(repr(value))
+            elif not (off and value in (default, Hyperparameter(default), Branch(()))):
+                parts.append(f"{key}={value!r}")
+        return f"{self.name}({', '.join(parts)})"
+
+
+NOTHING = Rule("identity", None, no_slots, pass_through)
+"""What stands in place of a rule on a leaf that it leaves alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """The numbers of one step in the dtype of one leaf's arithmetic."""
+
+    number: Array
+    seed: Array | None
+    """For the stochastic rounding of low-precision states, if there are any."""
+    dynamic: dict[str, Array]
+    prepared: tuple[dict[str, Any], ...] = ()
+
+    def with_own(self, numbers: Mapping[str, Any]) -> Scalars:
+        """With more for the first rule: what it gathered of all leaves, or measured of one."""
+        first, *others = self.prepared
+        return dataclasses.replace(self, prepared=({**first, **numbers}, *others))
+
+
+jax.tree_util.register_dataclass(Scalars)
+
+
+def init(rules: tuple[Rule, ...], param: Any) -> tuple[Slots, ...]:
+    """The state of `rules` for one array, one dict per rule."""
+    return tuple(_init_rule(rule, param) for rule in rules)
+
+
+def prepare(rules: tuple[Rule, ...], scalars: Scalars) -> tuple[dict[str, Any], ...]:
+    """What `rules` compute once per step, one dict per rule."""
+
+    def one(rule: Rule) -> dict[str, Any]:
+        branches = {name: prepare(branch, scalars) for name, branch in rule.branches}
+        own = rule.prepare(step_of(rule, scalars)) if rule.prepare else {}
+        return {**own, **branches}
+
+    return tuple(map(one, rules))
+
+
+Keep: TypeAlias = Callable[[Rule, Array, Array], Array]
+"""``keep(rule, new, old)``: what the state holds of a new moment, in the dtype of the arithmetic."""
+
+
+def run(
+    rules: tuple[Rule, ...],
+    scalars: Scalars,
+    update: Array,
+    state: tuple[Slots, ...],
+    param: Array | None,
+    keep: Keep = lambda rule, new, old: new,
+) -> tuple[Array, tuple[Slots, ...]]:
+    """Apply `rules` to one array, one after the other; every moment goes through `keep` once."""
+    new_state: list[Slots] = []
+    at_most = math.inf
+    for rule, prepared, slots in zip(rules, scalars.prepared, state, strict=True):
+        kept: dict[str, Array] = {}
+
+        def stored(name: str, new: Array, rule: Rule = rule, slots: Slots = slots, kept: Any = kept) -> Array:
+            if name not in slots:
+                raise ValueError(f"{rule.name} keeps {name!r}, its init made {sorted(slots)}")
+            _check_kept(rule, f"the state {name}", slots[name], new)
+            kept[name] = keep(rule, new, slots[name])
+            return kept[name]
+
+        step = step_of(rule, scalars, prepared, keep=keep)
+        step.keep, step.at_most = stored, at_most
+        new_update, new_slots = rule.update(update, slots, param, step)
+        _check_kept(rule, "an update", update, new_update)
+        if new_slots.keys() != slots.keys():
+            raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
+        own = [name for name in slots if name not in dict(rule.branches)]
+        rest = {name: stored(name, new_slots[name]) for name in own if new_slots[name] is not kept.get(name)}
+        update, at_most = new_update, _limit(rule, step)
+        new_state.append({**new_slots, **rest})
+    return update, tuple(new_state)
+
+
+def _limit(rule: Rule, step: Step) -> float:
+    """What the magnitudes of the rule's result do not exceed, as far as it is known before the step runs."""
+    limit = math.inf if rule.at_most is None else getattr(step, rule.at_most)
+    return limit if isinstance(limit, float) else math.inf
+
+
+def _check_kept(rule: Rule, what: str, old: Array, new: Array) -> None:
+    """Raise if a rule changes a shape, or makes complex what was real."""
+    if new.shape != old.shape:
+        raise ValueError(f"{rule.name} turned {what} of shape {old.shape} into {new.shape}; the shape must stay")
+    if is_complex(new.dtype) and not is_complex(old.dtype):
+        raise TypeError(f"{rule.name} turned {what} of {old.dtype} into {new.dtype}; real must stay real")
+
+
+def step_of(
+    rule: Rule,
+    scalars: Scalars,
+    prepared: Mapping[str, Any] | None = None,
+    memory: Mapping[str, Array] | None = None,
+    keep: Keep = lambda rule, new, old: new,
+) -> Step:
+    """The step as `rule` sees it."""
+    prepared = {**(prepared or {}), **(memory or {})}
+
+    def resolve(key: str, value: Any) -> Any:
+        if isinstance(value, Dynamic):
+            return scalars.dynamic[value.name]
+        if isinstance(value, Branch):
+            return _branch(value.rules, dataclasses.replace(scalars, prepared=prepared.pop(key, ())), keep)
+        return value
+
+    arguments = {key: resolve(key, value) for key, value in rule.arguments}
+    return Step(number=scalars.number, **arguments, **prepared)
+
+
+def _branch(rules: tuple[Rule, ...], scalars: Scalars, keep: Keep) -> Callable[..., tuple[Array, tuple[Slots, ...]]]:
+    return lambda update, state, param: run(rules, scalars, update, state, param, keep)
+
+
+def _init_rule(rule: Rule, param: Any) -> Slots:
+    slots = {name: _as_state(value, rule.state_dtype) for name, value in rule.init(param).items()}
+    return {**slots, **{name: init(branch, param) for name, branch in rule.branches}}
+
+
+def _as_state(value: Array, dtype: np.dtype[Any] | None) -> Array:
+    if dtype is None or not trainable(value.dtype):  # counters stay whole
+        return value
+    if is_complex(value.dtype) and not is_complex(dtype):
+        raise TypeError(f"state_dtype {dtype} would drop the imaginary part of a {value.dtype} moment; leave it out")
+    return value.astype(dtype)

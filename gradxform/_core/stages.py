@@ -1,0 +1,147 @@
+"""What a chain is made of: rules, what sees whole trees, and groups of leaves with stages of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+from gradxform._core.body import Body
+from gradxform._core.hyperparameters import Hyperparameter
+from gradxform._core.masks import Both, Mask, Members, Table
+from gradxform._core.rule import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeStage:
+    """A stage that is no rule: it sees the trees of all leaves it acts on."""
+
+    body: Body
+    mask: Mask | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.body)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The stages of the leaves that a pattern matches, and how the user wrote them."""
+
+    stages: tuple[Stage, ...]
+    written: Any = dataclasses.field(compare=False)
+
+    def __repr__(self) -> str:
+        return repr(self.written)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """A stage that does something else in each group of leaves."""
+
+    table: Table
+    groups: tuple[Group, ...]
+    """In the order of the table; the default is last, if there is one."""
+    joint: bool
+
+    def expanded(self) -> list[Rule | TreeStage]:
+        """The same as one sequence of stages that each act on some groups.
+
+        Every group's stages keep their order. Stages that need all leaves at once, such as a global norm, are brought
+        in line, so that where several groups have one, it is one stage over all of them.
+        """
+        turns = {index: list(_turns(self.groups[index].stages)) for index in self.table.order()}
+        sequence: list[Rule | TreeStage] = []
+        for turn in range(max(map(len, turns.values()))):
+            now = [(stage, index) for index, runs in turns.items() if turn < len(runs) for stage in runs[turn]]
+            merged = self._shared([(stage, index) for stage, index in now if not _measures(stage)])
+            merged += self._joined([(stage, index) for stage, index in now if _measures(stage)])
+            for stage, indices in merged:
+                self._check_whole(stage, indices)
+            sequence += [self._within(stage, *indices) for stage, indices in merged]
+        return sequence
+
+    def _check_whole(self, stage: Rule | TreeStage, indices: list[int]) -> None:
+        """Raise if a norm is hidden in a stage that only some of the groups with norms share."""
+        with_norms = {index for index, group in enumerate(self.groups) if any(map(measures, expanded(group.stages)))}
+        if self.joint and isinstance(stage, TreeStage) and measures(stage) and not with_norms <= set(indices):
+            raise ValueError(
+                f"by_path: {stage!r} in {self.table.label(indices[0])!r} sees the norm of its own leaves only, and "
+                "other groups take norms as well; put by_path inside it, or say joint_norm=False"
+            )
+
+    def _joined(self, stages: list[tuple[Rule | TreeStage, int]]) -> list[tuple[Rule | TreeStage, list[int]]]:
+        if not self.joint:
+            return [(stage, [index]) for stage, index in stages]
+        shared = self._shared(stages)
+        if len(shared) > 1:
+            (one, [first, *_]), (other, [second, *_]), *_ = shared
+            raise ValueError(
+                f"by_path: {one!r} in {self.table.label(first)!r} and {other!r} in {self.table.label(second)!r} "
+                "need one norm over all leaves; give both the same numbers, or a norm per group with joint_norm=False"
+            )
+        return shared
+
+    def _shared(self, stages: list[tuple[Rule | TreeStage, int]]) -> list[tuple[Rule | TreeStage, list[int]]]:
+        """Equal stages of different groups as one, where that keeps each group's order."""
+        merged: list[tuple[Rule | TreeStage, list[int]]] = []
+        last: dict[int, int] = {}  # how far each group has come in `merged`
+        for stage, index in stages:
+            start = last.get(index, -1) + 1
+            alike = (i for i in range(start, len(merged)) if merged[i][0] == stage)
+            place = next(alike, None) if self.joint or isinstance(stage, Rule) else None
+            if place is None:
+                merged.append((stage, []))
+                place = len(merged) - 1
+            merged[place][1].append(index)
+            last[index] = place
+        return merged
+
+    def _within(self, stage: Rule | TreeStage, *groups: int) -> Rule | TreeStage:
+        members = Members(self.table, frozenset(groups))
+        return dataclasses.replace(stage, mask=members if stage.mask is None else Both(members, stage.mask))
+
+    def __repr__(self) -> str:
+        pairs = zip(self.table.patterns, self.groups, strict=False)
+        parts = [f"{{{', '.join(f'{pattern!r}: {group!r}' for pattern, group in pairs)}}}"]
+        if self.table.has_default:
+            parts.append(f"default={self.groups[-1]!r}")
+        if not self.joint:
+            parts.append("joint_norm=False")
+        return f"by_path({', '.join(parts)})"
+
+
+Stage: TypeAlias = Rule | TreeStage | Groups
+
+
+def expanded(stages: Sequence[Stage]) -> list[Rule | TreeStage]:
+    """The stages with groups resolved into stages that act on some leaves."""
+    return [one for stage in stages for one in (stage.expanded() if isinstance(stage, Groups) else [stage])]
+
+
+def hyperparameters_of(stage: Stage) -> list[Hyperparameter]:
+    """Those of its rules; of groups each group's, the default's first."""
+    if isinstance(stage, Groups):
+        members = (one for index in stage.table.order() for one in stage.groups[index].stages)
+        return [h for one in members for h in hyperparameters_of(one)]
+    return stage.hyperparameters if isinstance(stage, Rule) else []
+
+
+def _turns(stages: Sequence[Stage]) -> Iterator[list[Rule | TreeStage]]:
+    """The stages in runs that each end with one that measures."""
+    turn: list[Rule | TreeStage] = []
+    for stage in expanded(stages):
+        turn.append(stage)
+        if _measures(stage):
+            yield turn
+            turn = []
+    yield turn
+
+
+def measures(stage: Rule | TreeStage) -> bool:
+    """Whether a stage, or something in it, depends on all leaves at once."""
+    return stage.measure is not None if isinstance(stage, Rule) else stage.body.measures
+
+
+def _measures(stage: Rule | TreeStage) -> bool:
+    """Whether a stage needs numbers of all leaves before it runs."""
+    return isinstance(stage, Rule) and measures(stage)

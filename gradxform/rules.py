@@ -1,0 +1,11 @@
+"""For authors of transformations: a rule for one array, and what it is made of.
+
+`lift` makes a transformation of a rule; `fraction`, `non_negative` and `positive` give its hyperparameters their
+ranges; `gradxform.numerics` has the arithmetic that keeps the library's promises.
+"""
+
+from gradxform._core.hyperparameters import Option, fraction, non_negative, positive
+from gradxform._core.lift import lift
+from gradxform._core.rule import Measure, Slots, Step, no_slots
+
+__all__ = ["Measure", "Option", "Slots", "Step", "fraction", "lift", "no_slots", "non_negative", "positive"]

@@ -1,0 +1,196 @@
+"""Rules on a leaf whose moments are kept as codes: decode, step and encode in the kernels of one step.
+
+Decoded moments are not written. On a CPU each of three kernels makes them anew, which costs less than to store them:
+the largest of each block, the update, and the codes in place of the old ones. Where decoding looks numbers up, which no
+kernel repeats, the step goes over one run of blocks after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradxform._core import meshes, trees
+from gradxform._core.compiled import compiled, on_leaf
+from gradxform._core.encoded import Encoded
+from gradxform._core.leaves import HOLE
+from gradxform._core.rule import Array, Rule
+from gradxform.numerics import arithmetic as numerics
+from gradxform.numerics import rounding
+from gradxform.wrappers.quantization.codecs.codec import Codec, largest_of, largest_of_written
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded(Encoded):
+    """A moment of one leaf, kept as codes; a leaf of JAX's trees, so that it stands where the moment would."""
+
+    codec: Codec
+    codes: Any
+    scales: Any
+    seed: Any
+    """Of the bits that round the next codes; None rounds to nearest."""
+
+    def arrays(self) -> tuple[Any, Any]:
+        """Codes and scales, None if the codec has none."""
+        return self.codes, None if self.codec.scale_dtype is None else self.scales
+
+    def replaced(self, codes: Any, scales: Any) -> Coded:
+        """With other codes and scales."""
+        return dataclasses.replace(self, codes=codes, scales=self.scales if scales is None else scales)
+
+    @staticmethod
+    def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
+        """`on_leaf` for a leaf some of whose moments are `Coded`."""
+
+        def update_leaf(
+            how: str, final: Any, dtype: Any, scalars: Any, own: Any, update: Any, slots: Any, param: Any, taken: Any
+        ) -> tuple[jax.Array, tuple[Any, ...]]:
+            codecs = tuple(slot.codec if isinstance(slot, Coded) else None for slot in slots)
+            seeds = tuple(slot.seed if isinstance(slot, Coded) else None for slot in slots)
+            given = tuple(slot.arrays() if isinstance(slot, Coded) else slot for slot in slots)
+            result, new = _on_coded(rules, codecs)(how, final, dtype, scalars, own, update, given, param, taken, seeds)
+            kept = (old.replaced(*one) if isinstance(old, Coded) else one for old, one in zip(slots, new, strict=True))
+            return result, tuple(kept)
+
+        return update_leaf
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Callable[..., Any]:
+    coded = {place: codec for place, codec in enumerate(codecs) if codec is not None}
+    used = list(coded.values())
+    in_parts = not any(inner.whole for rule in rules for inner in rule.walk())
+
+    @compiled
+    def coded_leaf_update(how, final, dtype, scalars, own, update, slots, param, taken, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not meshes.varying_over(update)
+        length = _run_length(update.size // used[0].block)
+        alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
+        in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in used)
+        lands = how == "land"
+
+        def step(update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+            wide = tuple(
+                slot if codec is None else codec.decode(*slot).reshape(update.shape)
+                for codec, slot in zip(codecs, slots, strict=True)
+            )
+            result, new = on_leaf(rules)(how, final, dtype, scalars, own, update, wide, param, taken)
+            kept = list(new)
+            moments = [numerics.cast(new[place], jnp.float32) for place in coded]
+            for (place, codec), moment, largest in zip(coded.items(), moments, largest_of_all(moments), strict=True):
+                codes, scales = codec.encode(moment, _bits(seeds[place]), largest)
+                codes = _after(result, codes) if lands and one_cpu and not in_runs else codes
+                kept[place] = tuple(map(functools.partial(_taken, taken), (codes, scales), slots[place]))
+            return result, tuple(kept)
+
+        def largest_of_all(moments: list[Any]) -> list[Any]:
+            if in_runs:
+                return list(map(largest_of_written, used, moments))
+            return largest_of(used, moments) if used[0].scale_dtype is not None else [None] * len(used)
+
+        with jax.numpy_dtype_promotion("standard"):
+            if in_runs:
+                return _in_runs(step, length, used[0].block, lands, final, update, param, slots)
+            return step(update, param, slots)
+
+    return coded_leaf_update
+
+
+def _bits(seed: Any) -> Callable[[Array], Array] | None:
+    """What rounds numbers at random: bits of their own; None without a seed."""
+    return None if seed is None else functools.partial(rounding.own_bits, seed=seed)
+
+
+def _after(result: Any, codes: Any) -> Any:
+    """The codes as they are, but dependent on `result`, so that XLA makes them after it.
+
+    It is made of the old codes, which may then be overwritten; without an order they would be copied first.
+    """
+    first = result[(0,) * result.ndim]
+    never = (first != first) & (first == first)
+    return jnp.where(never, jnp.zeros((), codes.dtype), codes)
+
+
+def _taken(taken: Any, new: Any, old: Any) -> Any:
+    """The new array in the shape of the old one, which stays where the step is not taken."""
+    if new is None:
+        return None
+    return new.reshape(old.shape) if taken is None else jnp.where(taken, new.reshape(old.shape), old)
+
+
+def _run_length(rows: int) -> int:
+    """How many blocks make up a run: a divisor of all, large enough to be worth it; 0 if there is none."""
+    return max((length for length in range(64, 513) if rows % length == 0), default=0)
+
+
+def _in_runs(
+    step: Callable[..., tuple[Any, tuple[Any, ...]]],
+    length: int,
+    block: int,
+    lands: bool,
+    final: Any,
+    update: Any,
+    param: Any,
+    slots: tuple[Any, ...],
+) -> tuple[Any, tuple[Any, ...]]:
+    """`step` on one run of blocks after the other: what is looked up, XLA writes out, but here no more than a run."""
+    rows = update.size // block
+
+    def cut(x: Any, number: Any) -> Any:
+        return jax.lax.dynamic_slice_in_dim(x, number * length, length)
+
+    def body(number: Any, carry: tuple[Any, tuple[Any, ...]]) -> tuple[Any, tuple[Any, ...]]:
+        def put(whole: Any, part: Any) -> Any:
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, number * length, 0)
+
+        run = functools.partial(cut, number=number)
+        own = carry[0] if lands else in_rows[1]
+        part = step(run(in_rows[0]), None if own is None else run(own), jax.tree.map(run, carry[1]))
+        return jax.tree.map(put, carry, part)
+
+    in_rows = jax.tree.map(lambda x: x.reshape(rows, -1), (update, param, slots))
+    start = in_rows[1] if lands else jnp.zeros(in_rows[0].shape, final)
+    done = jax.lax.fori_loop(0, rows // length, body, (start, in_rows[2]))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), done, (update, slots))
+
+
+# A whole array, outside the kernels of a step
+
+
+def coded_avals(codec: Codec, shape: tuple[int, ...]) -> tuple[trees.Aval, trees.Aval | None]:
+    """Shape and dtype of the codes and the scales of an array; None if there are no scales."""
+    scales = None if codec.scale_dtype is None else (codec.scale_shape(shape), np.dtype(codec.scale_dtype))
+    return (codec.code_shape(shape), np.dtype(codec.code_dtype)), scales
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]:
+    """Codes, in the shape of the array, and scales; rounded at random where there is a seed."""
+
+    def on_whole(value: Array, seed: Array | None) -> tuple[Array, Any]:
+        codes, scales = codec.encode(numerics.cast(value, jnp.float32), _bits(seed))
+        return codes, HOLE if scales is None else scales
+
+    like = [HOLE if some is None else meshes.spec_of(value, some[0]) for some in coded_avals(codec, value.shape)]
+    with jax.numpy_dtype_promotion("standard"):
+        return meshes.partitioned(on_whole, tuple(like), value, seed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def decoded(codec: Codec, aval: trees.Aval, codes: Array, scales: Any) -> Array:
+    """The array of this shape and dtype that codes and scales stand for."""
+    shape, dtype = aval
+
+    def on_whole(codes: Array, scales: Any) -> Array:
+        some = None if isinstance(scales, optax.MaskedNode) else scales
+        return numerics.cast(codec.decode(codes, some).reshape(shape), dtype)
+
+    with jax.numpy_dtype_promotion("standard"):
+        return meshes.partitioned(on_whole, meshes.spec_of(codes, shape), codes, scales)

@@ -1,0 +1,301 @@
+"""Complex leaves count by their magnitudes: first moments are complex, second moments are |g|², and phases stay.
+
+torch takes the real and the imaginary part as two real parameters; `optax.contrib.split_real_and_imaginary` does that
+with any transformation.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import gradxform as gx
+from tests.support.strategies import OPTIMIZERS, ORDINARY, STEPS, assert_same, walk
+from tests.twins import elementwise as twins
+
+pytestmark = pytest.mark.once
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+PARAMS = {"w": jnp.asarray([1.0, -2.0]), "z": jnp.asarray([1 + 2j, -0.5j, 3.0], jnp.complex64)}
+GRADS = {"w": jnp.asarray([0.3, 12.0]), "z": jnp.asarray([3 - 4j, 0, 0.1j], jnp.complex64)}
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def example(dtype):
+    """A real and a complex leaf; the parts of each complex element differ in size by up to 10⁴."""
+    return tuple({"w": x, "z": x + 1j * np.flip(x, -1)} for x in twins.example(dtype, steps=20))
+
+
+def assert_near(path, their_path, bound):
+    """Relative to the largest that an element has been, or to 1."""
+    for name, leaf in path.items():
+        theirs = np.asarray(their_path[name])
+        assert leaf.dtype == theirs.dtype
+        assert (np.abs(leaf - theirs) / np.maximum(1, np.abs(theirs).max(axis=0))).max() <= bound
+
+
+@every_optimizer
+def test_first_moments_are_complex_and_second_moments_real(name):
+    state = OPTIMIZERS[name].init(PARAMS)
+    kinds = {field: getattr(state, field)["z"].dtype for field in state._fields[2:]}
+    assert kinds == {field: jnp.float32 if field == "nu" else jnp.complex64 for field in kinds}
+
+
+# By magnitudes, as optax
+
+
+IN_OPTAX = {
+    "sgd": optax.sgd(0.1),
+    "sgd with momentum": optax.sgd(0.1, momentum=0.9),
+    "sgd with nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "momentum": optax.chain(optax.ema(0.9, debias=False), optax.scale_by_learning_rate(0.1)),
+    "adagrad": optax.adagrad(0.1, initial_accumulator_value=0.0),
+    "rmsprop": optax.rmsprop(0.1),
+    "rmsprop centered": optax.rmsprop(0.1, centered=True, momentum=0.9),
+    "adam": optax.adam(0.1),
+    "nadam": optax.nadam(0.1),
+    "adamw": optax.adamw(0.1),
+    "adam_l2": optax.chain(optax.add_decayed_weights(1e-4), optax.adam(0.1)),
+}
+WITH_EPS_OF_OPTAX = OPTIMIZERS | {"adagrad": gx.adagrad(0.1, eps_in_sqrt=True)}
+
+
+@every_optimizer
+def test_same_walk_as_optax(name):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # optax multiplies integer counts by floats
+        ours, theirs = (twins.walk(tx[name], *example("float64")) for tx in (WITH_EPS_OF_OPTAX, IN_OPTAX))
+    # both round θ and the moments at each of twenty steps, by 2⁻⁵³
+    assert_near(ours, theirs, 1e-14)
+
+
+# By parts, as torch
+
+
+IN_TORCH = {
+    "sgd": ("SGD", {}),
+    "sgd with momentum": ("SGD", {"momentum": 0.9}),
+    "sgd with nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
+    "momentum": ("SGD", {"lr": 0.1 * (1 - 0.9), "momentum": 0.9}),  # α·(1 − β) times the sum is α times the average
+    "adagrad": ("Adagrad", {"eps": 1e-7}),
+    "rmsprop": ("RMSprop", {"alpha": 0.9}),
+    "rmsprop centered": ("RMSprop", {"alpha": 0.9, "eps": 1e-3, "centered": True, "momentum": 0.9}),
+    "adam": ("Adam", {}),
+    "nadam": ("NAdam", {"momentum_decay": 1e6}),  # the end of torch's schedule for β₁, where it is constant
+    "adamw": ("AdamW", {"weight_decay": 1e-4}),
+    "adam_l2": ("Adam", {"weight_decay": 1e-4}),
+}
+# Centered, v − m² cancels, and torch takes its root unguarded: the larger ε keeps small what both round off.
+WITH_EPS_OF_TORCH = OPTIMIZERS | {
+    "rmsprop": gx.rmsprop(0.1, eps_in_sqrt=False),
+    "rmsprop centered": gx.rmsprop(0.1, eps=1e-3, eps_in_sqrt=False, centered=True, momentum=0.9),
+}
+
+
+def walk_in_torch(name, params, gradients):
+    torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
+    optimizer, options = IN_TORCH[name]
+    leaves = {key: torch.nn.Parameter(torch.from_numpy(leaf.copy())) for key, leaf in params.items()}
+    stepper = getattr(torch.optim, optimizer)(leaves.values(), **{"lr": 0.1, **options})
+    path = []
+    for step in range(len(gradients["w"])):
+        for key, leaf in leaves.items():
+            leaf.grad = torch.from_numpy(gradients[key][step].copy())
+        stepper.step()
+        path.append({key: leaf.detach().numpy().copy() for key, leaf in leaves.items()})
+    return {key: np.stack([params[key] for params in path]) for key in leaves}
+
+
+@every_optimizer
+def test_split_into_parts_it_is_the_same_walk_as_torch(name, dtype):
+    theirs = walk_in_torch(name, *example(dtype))
+    with jax.numpy_dtype_promotion("standard"):  # optax joins the parts by a product with 1j
+        ours = twins.walk(optax.contrib.split_real_and_imaginary(WITH_EPS_OF_TORCH[name]), *example(dtype))
+    # both round θ and the moments at each of twenty steps; torch keeps NAdam's product of β₁ in float32 always
+    assert_near(ours, theirs, 1e-14 if dtype == "float64" and name != "nadam" else 2e-6)
+
+
+@every_optimizer
+def test_split_into_parts_each_part_is_a_leaf(name):
+    def split(tree):
+        return {"w": tree["w"], "x": tree["z"].real, "y": tree["z"].imag}
+
+    gradients = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), GRADS)
+    with jax.numpy_dtype_promotion("standard"):
+        whole, _ = walk(optax.contrib.split_real_and_imaginary(OPTIMIZERS[name]), PARAMS, gradients)
+    parts, _ = walk(OPTIMIZERS[name], split(PARAMS), split(gradients))
+    for update, expected in zip(whole, parts, strict=True):
+        assert_same(split(update), expected)
+
+
+def test_split_into_parts_a_pattern_names_each_part():
+    tx = optax.contrib.split_real_and_imaginary(gx.add_decoupled_weight_decay(0.5, mask="z/(real|imaginary)"))
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS)
+    assert_same(updates, {"w": zero["w"], "z": 0.5 * PARAMS["z"]})
+
+
+# Phases
+
+
+EQUIVARIANT = OPTIMIZERS | {
+    "clip_by_value": gx.clip_by_value(1.0),
+    "clip_by_leaf_norm": gx.clip_by_leaf_norm(1.0),
+    "clip_by_global_norm": gx.clip_by_global_norm(1.0),
+    "accumulate": gx.accumulate(gx.momentum(0.1), every=2),
+    "masked chain": gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(0.1, weight_decay=0.5, mask="z")),
+}
+
+
+def mixed(lead=()):
+    """A real and a complex leaf in double precision."""
+    return st.tuples(*[hnp.arrays(np.float64, (*lead, 3), elements=ORDINARY)] * 3).map(
+        lambda drawn: {"w": drawn[0], "z": drawn[1] + 1j * drawn[2]}
+    )
+
+
+@pytest.mark.parametrize("name", EQUIVARIANT)
+@given(params=mixed(), gradients=mixed((STEPS,)), angles=hnp.arrays(np.float64, 3, elements=st.floats(-4.0, 4.0)))
+def test_updates_turn_with_the_phases_of_params_and_gradients(name, params, gradients, angles):
+    def turned(tree):
+        return {"w": tree["w"], "z": tree["z"] * np.exp(1j * angles)}
+
+    def updates(params, gradients):
+        return jax.tree.map(lambda *some: np.stack(some), *walk(EQUIVARIANT[name], params, gradients)[0])
+
+    with jax.enable_x64(True):
+        straight, crooked = updates(params, gradients), updates(turned(params), turned(gradients))
+    for key, expected in turned(straight).items():
+        largest = np.abs(gradients[key]).max(axis=0) + np.abs(expected).max(axis=0)
+        # a few dozen roundings of 2⁻⁵³ of the gradients, which may cancel where they are averaged
+        assert (np.abs(crooked[key] - expected) <= 1e-14 * largest).all()
+
+
+# Mixed trees
+
+
+def test_clip_by_value_keeps_the_phase():
+    grads = jnp.asarray([3 + 4j, -0.3 - 0.4j, 0, 3e30 - 4e30j], jnp.complex64)
+    clipped, _ = gx.clip_by_value(1.0).update(grads, gx.clip_by_value(1.0).init(grads))
+    # a magnitude, a quotient and a product: three roundings of 2⁻²⁴, and one more of the root
+    np.testing.assert_allclose(clipped, [0.6 + 0.8j, -0.3 - 0.4j, 0, 0.6 - 0.8j], rtol=3e-7)
+
+
+@pytest.mark.parametrize(("clip", "divisors"), [(gx.clip_by_global_norm, (13, 13)), (gx.clip_by_leaf_norm, (12, 5))])
+def test_a_norm_counts_both_parts(clip, divisors):
+    grads = {"w": jnp.asarray([12.0]), "z": jnp.asarray([3j, 4.0], jnp.complex64)}
+    clipped, _ = clip(1.0).update(grads, clip(1.0).init(grads))
+    for leaf, divisor in zip("wz", divisors, strict=True):
+        np.testing.assert_allclose(clipped[leaf], grads[leaf] / divisor, rtol=3e-7)  # as in the test before
+
+
+@every_optimizer
+def test_accumulated_gradients_act_by_their_complex_mean(name):
+    tx = gx.accumulate(OPTIMIZERS[name], every=2)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    twice = jax.tree.map(lambda leaf: 2 * leaf, GRADS)
+    (first, second), _ = walk(tx, PARAMS, jax.tree.map(lambda *leaves: jnp.stack(leaves), zero, twice), steps=2)
+    assert_same(first, zero)
+    assert_same(second, OPTIMIZERS[name].update(GRADS, OPTIMIZERS[name].init(PARAMS), PARAMS)[0])
+
+
+@pytest.mark.parametrize("mask", ["z", lambda path, leaf: jnp.iscomplexobj(leaf)], ids=["pattern", "predicate"])
+def test_masks_choose_among_real_and_complex_leaves(mask):
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    tx = gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(0.5, weight_decay=0.5, mask=mask))
+    updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS)
+    assert_same(updates, {"w": zero["w"], "z": -0.25 * PARAMS["z"]})
+
+
+# Dtypes that differ
+
+
+@pytest.mark.parametrize("transform", [lambda update: update, jax.jit], ids=["eager", "compiled"])
+@every_optimizer
+def test_a_complex_gradient_of_a_real_parameter_is_refused_by_name(name, transform):
+    tx = OPTIMIZERS[name]
+    grads = GRADS | {"w": GRADS["w"].astype(jnp.complex64)}
+    with pytest.raises(TypeError, match=r"updates\['w'\] is complex64, params\['w'\] is float32; take the real part"):
+        transform(tx.update)(grads, tx.init(PARAMS), PARAMS)
+
+
+@every_optimizer
+def test_a_real_gradient_of_a_complex_parameter_has_no_imaginary_part(name):
+    grads = GRADS | {"z": GRADS["z"].real}
+    explicit = GRADS | {"z": GRADS["z"].real.astype(jnp.complex64)}
+    ours, expected = (OPTIMIZERS[name].update(g, OPTIMIZERS[name].init(PARAMS), PARAMS) for g in (grads, explicit))
+    assert_same(ours, expected)
+
+
+def test_a_python_complex_number_is_a_leaf():
+    updates, _ = gx.adam(0.1).update(3 + 4j, gx.adam(0.1).init(1j), 1j)
+    np.testing.assert_allclose(updates, -0.06 - 0.08j, rtol=5e-7)  # Adam is exact to eight roundings of 2⁻²⁴
+
+
+# Descent
+
+
+TARGET = 1 + 2j
+
+
+def descend(tx, conjugate, steps):
+    def step(_, carry):
+        z, state = carry
+        grad = jax.grad(lambda z: jnp.abs(z - TARGET) ** 2)(z)
+        update, state = tx.update(conjugate(grad), state, z)
+        return gx.apply_updates(z, update), state
+
+    start = jnp.asarray(1.7 + 1.5j, jnp.complex64)
+    return jax.jit(lambda: jax.lax.fori_loop(0, steps, step, (start, tx.init(start)))[0])()
+
+
+@every_optimizer
+def test_the_conjugate_of_jaxs_gradient_points_uphill(name):
+    # with the rate falling to zero, even steps that keep their length end nearer than one of them
+    tx = gx.chain(OPTIMIZERS[name], gx.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 400)))
+    assert abs(descend(tx, jnp.conj, 400) - TARGET) < 1e-2
+
+
+def test_jaxs_gradient_itself_does_not():
+    moved = descend(gx.sgd(0.1), lambda grad: grad, 10)
+    assert abs(moved.imag - TARGET.imag) > abs(1.5 - TARGET.imag)
+
+
+# At the ends of the range
+
+
+@pytest.mark.parametrize("value", [complex(1, np.inf), complex(1, -np.inf), complex(np.inf, 1), complex(1, np.nan)])
+@every_optimizer
+def test_a_part_that_is_not_finite_shows(name, value):
+    grads = jnp.asarray(np.array([[value, 1 + 1j]], np.complex64))
+    (update,), _ = walk(OPTIMIZERS[name], jnp.zeros(2, jnp.complex64), grads, steps=1)
+    assert jnp.isfinite(update).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("size", [1e14, 1e20, 1e37])
+@every_optimizer
+def test_huge_gradients_keep_their_phase(name, size):
+    grads = jnp.asarray(size * np.exp(1j * np.array([0.3, 1.5, -3.0])), jnp.complex64)
+    (update,), _ = walk(OPTIMIZERS[name], jnp.zeros_like(grads), grads[None], steps=1)
+    turned = np.angle(np.asarray(update, complex) / -np.asarray(grads, complex))
+    assert np.abs(turned).max() < 1e-6  # a few roundings of 2⁻²⁴
+
+
+@pytest.mark.parametrize("gradient", [jnp.float64, jnp.complex128])
+def test_a_complex_update_too_large_for_the_params_becomes_the_largest_they_hold(gradient):
+    with jax.enable_x64(True):
+        params, grads = jnp.zeros(2, jnp.complex64), jnp.asarray([1e300, -1e300], gradient)
+        updates, _ = walk(gx.sgd(0.1), params, grads[None], steps=1)
+        np.testing.assert_array_equal(updates[0].real, np.finfo(np.float32).max * np.array([-1, 1], np.float32))
