@@ -12,8 +12,8 @@ import pytest
 
 import gradxform as gx
 from tests.support.strategies import assert_same
-from tests.twins import matrices as muon_twins
 from tests.twins import elementwise as twins
+from tests.twins import matrices as muon_twins
 
 pytestmark = pytest.mark.once
 
