@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import optax
 
-from gradxform._core.body import Call, body_of
-from gradxform._core.leaves import Leaves
+from gradxform._core import trees
+from gradxform._core.body import body_of
+from gradxform._core.call import Call
+from gradxform._core.leaves import Leaves, like_params
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
     """θ ← θ + u, in the parameters' dtypes.
 
     Args:
-      params: A tree of floating-point or complex arrays.
-      updates: A tree of the same structure and shapes, as ``update`` returns it.
+      params: A tree of arrays. Leaves that are no floating-point or complex arrays stay as they are.
+      updates: A tree of the same structure and shapes, as ``update`` returns it: zeros of its own dtype for a leaf that
+        stays, or None.
 
     Returns:
       The new parameters. The sum is rounded once, from at least float32.
@@ -30,7 +34,16 @@ def apply_updates(params: Any, updates: Any) -> Any:
       >>> print(gx.apply_updates({"w": jnp.ones(2)}, {"w": jnp.array([0.5, -0.5])}))
       {'w': Array([1.5, 0.5], dtype=float32)}
     """
-    return Leaves.of(updates, params).landed()
+    given, structure = jax.tree.flatten(params)
+    changes = like_params(updates, params, structure)
+    leaves = Leaves.of(updates, params, [_adds_nothing(*pair) for pair in zip(given, changes, strict=True)])
+    return leaves.result("params", [None if leaf.update is None else leaf.moved() for leaf in leaves.leaves])
+
+
+def _adds_nothing(param: Any, update: Any) -> bool:
+    """Whether `update` is what a frozen leaf that is no floating-point array gets: zeros of its own dtype, or None."""
+    dtype, own = trees.aval(update)[1], trees.aval(param)[1]
+    return not trees.trainable(own) and (update is None or (dtype is not None and dtype in (own, jax.dtypes.float0)))
 
 
 def step(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
@@ -69,5 +82,5 @@ def step(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, 
     """
     if params is None:
         raise ValueError("step needs the parameters: call step(tx, grads, state, params)")
-    new_params, new_state, _ = body_of("tx of step", tx).advance(grads, state, params, Call(extra_args))
+    new_params, new_state, _ = body_of("tx of step", tx).step(grads, state, params, Call(extra_args, wants="params"))
     return new_params, new_state

@@ -5,26 +5,22 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.tree_util import GetAttrKey
 
+from gradxform._core import trees
+from gradxform._core.call import Call, Report
+from gradxform._core.compiled import cast
+from gradxform._core.encoded import EncodedParam, decoded
 from gradxform._core.hyperparameters import Hyperparameter
-from gradxform._core.leaves import Leaves
+from gradxform._core.inventory import StateArray, of_foreign, per_leaf, shared, state_shapes, within
+from gradxform._core.leaves import Leaf, Leaves, masked, no_update
 from gradxform._core.meshes import spread
-from gradxform._core.rule import Report as Report
-from gradxform._core.trees import dtype_of, unless
-from gradxform.numerics.arithmetic import cast, no_update
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call of ``update``, as every transformation within it sees it."""
-
-    extra_args: Mapping[str, Any]
-    measured: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
-    """What was measured of an array in this call, so that a norm several transformations want is taken once."""
+from gradxform._core.trees import unless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,31 +53,20 @@ class Body(abc.ABC):
     def init(self, params: Any) -> Any: ...
 
     @abc.abstractmethod
-    def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]: ...
-
-    def update(self, updates: Any, state: Any, params: Any, extra_args: Mapping[str, Any]) -> tuple[Any, Any]:
-        updates, state, _ = self.step(updates, state, params, Call(extra_args))
-        return updates, state
-
-    def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
-        """The same where `taken`, None or a 0-d boolean; else no update and the state as it was."""
-        new_updates, new_state, report = self.step(updates, state, params, call)
-        if taken is None:
-            return new_updates, new_state, report
-        return unless(taken, jax.tree.map(no_update, new_updates), new_updates), unless(taken, state, new_state), report
-
-    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        """The same with the new parameters in place of the updates."""
-        new_updates, new_state, report = self.guarded(updates, state, params, call, taken)
-        return Leaves.of(new_updates, params).landed(), new_state, report
+    def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        """What `call` wants, the updates or the parameters after them; the new state; and what is told besides."""
 
     @abc.abstractmethod
     def frozen(self, params: Any) -> list[bool]:
-        """Whether each leaf is frozen: without state, an update or a part in any norm."""
+        """Whether each leaf is frozen, or a function: without state, an update or a part in any norm."""
 
     @abc.abstractmethod
     def assign(self, params: Any) -> list[Assigned]:
         """What each leaf gets."""
+
+    @abc.abstractmethod
+    def inventory(self, params: Any) -> list[StateArray]:
+        """Every array of the state for parameters of these shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +76,48 @@ class Foreign(Body):
     tx: optax.GradientTransformation
 
     def init(self, params: Any) -> Any:
-        return self.tx.init(params)
+        leaves, structure = jax.tree.flatten(params)
+        return self.tx.init(masked([not rests for rests in self.frozen(params)], params, leaves, structure))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
-        if params is not None:
-            updates = jax.tree.map(lambda update, param: cast(update, dtype_of(param)), updates, params)
+        frozen = self.frozen(updates if params is None else params)
+        leaves, acts = Leaves.of(updates, params, frozen), [not rests for rests in frozen]
+        given, seen = self._seen(leaves, acts)
         tx = optax.with_extra_args_support(self.tx)
-        return *tx.update(updates, state, params, **call.extra_args), {}
+        new_updates, new_state = tx.update(given, state, seen, **call.extra_args)
+        made = leaves.checked(f"{self!r}: new updates", new_updates, given, acts)
+        new_state = unless(call.accepted, state, new_state)
+        results = [self._result(leaf, update, call) for leaf, update in zip(leaves.leaves, made, strict=True)]
+        return leaves.result(call.wants, results), new_state, {}
+
+    def _seen(self, leaves: Leaves, acts: list[bool]) -> tuple[Any, Any]:
+        """Updates in the parameters' dtypes, and these, each an array; with holes in place of what is no array."""
+        each = leaves.leaves
+        if not leaves.has_params:
+            updates = [leaf.update for leaf in each]
+            return masked(acts, leaves.structure.unflatten(updates), updates, leaves.structure), None
+        updates = [None if leaf.update is None else cast(leaf.update, leaf.final) for leaf in each]
+        values = [decoded(leaf.param) for leaf in each]
+        given, seen = (masked(acts, leaves.structure.unflatten(c), c, leaves.structure) for c in (updates, values))
+        return given, seen
+
+    def _result(self, leaf: Leaf, update: Any, call: Call) -> Any:
+        """What is wanted of a leaf, of an update in whichever dtype it is."""
+        if leaf.update is None:
+            return None
+        if leaf.param is not None and (call.wants == "params" or isinstance(leaf.param, EncodedParam)):
+            return leaf._replace(update=update).moved(call.accepted)
+        kept = update if call.accepted is None else jnp.where(call.accepted, update, no_update(update))
+        return kept if leaf.param is None else cast(kept, leaf.final)
 
     def frozen(self, params: Any) -> list[bool]:
-        return [False] * len(jax.tree.leaves(params))
+        return [trees.rests(leaf) for leaf in jax.tree.leaves(params)]
 
     def assign(self, params: Any) -> list[Assigned]:
         return [Assigned()] * len(jax.tree.leaves(params))
+
+    def inventory(self, params: Any) -> list[StateArray]:
+        return of_foreign(self.init, params)
 
     def __repr__(self) -> str:
         module, name = self.tx.update.__module__, getattr(self.tx.update, "__qualname__", "update")
@@ -138,6 +152,17 @@ class Wrapper(Body):
     def assign(self, params: Any) -> list[Assigned]:
         return self.tx.assign(params)
 
+    like_params: ClassVar[tuple[str, ...]] = ()
+    """The fields of its own state that are trees like the parameters."""
+
+    def inventory(self, params: Any) -> list[StateArray]:
+        state = state_shapes(self.init, params)
+        own = [name for name in state._fields if name not in ("inner", *self.like_params)]
+        trees_of = [
+            a for name in self.like_params for a in per_leaf((GetAttrKey(name),), getattr(state, name), params, "kept")
+        ]
+        return [*shared(state, *own), *trees_of, *within("inner", self.tx.inventory(params))]
+
     @property
     def name(self) -> str:
         """What users call it: the class's name as that of a function."""
@@ -158,6 +183,8 @@ class Init:
 
     body: Body
 
+    __name__ = "init"  # what profiles show of ``jax.jit(tx.init)``
+
     def __call__(self, params: Any) -> Any:
         return spread(self.body.init(params), params)
 
@@ -168,8 +195,11 @@ class Update:
 
     body: Body
 
+    __name__ = "update"  # what profiles show of ``jax.jit(tx.update)``
+
     def __call__(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        return self.body.update(updates, state, params, extra_args)
+        updates, state, _ = self.body.step(updates, state, params, Call(extra_args))
+        return updates, state
 
 
 class Transformation(optax.GradientTransformationExtraArgs):

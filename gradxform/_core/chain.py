@@ -5,25 +5,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 
-from gradxform._core import passes, trees
+from gradxform._core import trees
 from gradxform._core.arguments import visible_dtype
-from gradxform._core.body import Assigned, Body, Call, Report
-from gradxform._core.compiled import increment, slot_names
+from gradxform._core.body import Assigned, Body
+from gradxform._core.call import Call, Report
+from gradxform._core.compiled import cast, increment, slot_names
+from gradxform._core.encoded import EncodedParam
 from gradxform._core.hyperparameters import Hyperparameter, Live, evaluate
-from gradxform._core.leaves import Leaves, masked
+from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
+from gradxform._core.leaves import Leaves, masked, no_update
+from gradxform._core.masks import Mask
 from gradxform._core.passes import RulePass, TreePass
+from gradxform._core.plan import Plan, Selection, TreePlan, make_plan, masks_of, select
 from gradxform._core.rule import Rule
-from gradxform._core.selection import Selection
 from gradxform._core.stages import Groups, Stage, TreeStage, expanded, hyperparameters_of, measures
 from gradxform._core.state import state_type, unique_names
 from gradxform._core.trees import unless
+from gradxform.numerics import arithmetic as numerics
+
+_MOST_PLANS = 64
+"""How many are kept: a transformation that sees more structures than this makes some anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,43 +84,66 @@ class Chain(Body):
         return dict(zip(names, distinct.values(), strict=True))
 
     @functools.cached_property
-    def segments(self) -> tuple[RulePass | TreePass, ...]:
-        """Runs of rules, cut where a stage is foreign or needs every leaf first."""
+    def passes(self) -> tuple[RulePass | TreePass, ...]:
+        """Runs of rules, cut where a stage sees whole trees or needs every leaf first."""
         name_of = {h: name for name, h in self.hyperparameters.items()}
+        return self._passes(lambda rule: rule.bind(name_of.__getitem__))
+
+    def _passes(self, bind: Callable[[Rule], Rule]) -> tuple[RulePass | TreePass, ...]:
         runs: list[list[Rule] | TreeStage] = []
         for stage in self.flat:
             if isinstance(stage, TreeStage):
                 runs.append(stage)
             elif runs and isinstance(runs[-1], list) and stage.measure is None:
-                runs[-1].append(stage.bind(name_of.__getitem__))
+                runs[-1].append(bind(stage))
             else:
-                runs.append([stage.bind(name_of.__getitem__)])
+                runs.append([bind(stage)])
         owned = [["inner"] if isinstance(run, TreeStage) else slot_names(tuple(run)) for run in runs]
         memories = [[] if isinstance(run, TreeStage) else [name for name, _ in run[0].memory] for run in runs]
-        names = iter(unique_names([name for some in (*owned, *memories) for name in some]))
-        fields = [tuple(next(names) for _ in some) for some in owned]
-        memory = [tuple(next(names) for _ in some) for some in memories]
+        names = iter(unique_names([name for each in (*owned, *memories) for name in each]))
+        fields = [tuple(next(names) for _ in each) for each in owned]
+        memory = [tuple(next(names) for _ in each) for each in memories]
         return tuple(
-            TreePass(run, *some) if isinstance(run, TreeStage) else RulePass(tuple(run), some, kept)
-            for run, some, kept in zip(runs, fields, memory, strict=True)
+            TreePass(run, *own) if isinstance(run, TreeStage) else RulePass(tuple(run), own, kept)
+            for run, own, kept in zip(runs, fields, memory, strict=True)
         )
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
         """The state's fields for moments, what is remembered of all leaves, and foreign states."""
-        rules = [segment for segment in self.segments if isinstance(segment, RulePass)]
-        moments = sorted(name for segment in rules for name in segment.fields)
-        memory = [name for segment in rules for name in segment.memory]
-        foreign = [segment.field for segment in self.segments if isinstance(segment, TreePass)]
-        return (*moments, *memory, *foreign)
+        of_rules = [each for each in self.passes if isinstance(each, RulePass)]
+        moments = sorted(name for each in of_rules for name in each.fields)
+        memory = [name for each in of_rules for name in each.memory]
+        return (*moments, *memory, *(each.field for each in self.passes if isinstance(each, TreePass)))
 
     @functools.cached_property
     def state_type(self) -> Any:
         live = {name: h.within for name, h in self.hyperparameters.items() if isinstance(h.value, Live)}
         return state_type(self.fields, tuple(live.items()))
 
-    def select(self, params: Any, leaves: list[Any], structure: Any) -> Selection:
-        return Selection.of(self.flat, params, leaves, structure)
+    @functools.cached_property
+    def _masks(self) -> list[Mask]:
+        return masks_of(self.flat)
+
+    @functools.cached_property
+    def _plans(self) -> dict[Any, Plan]:
+        """Those made so far."""
+        return {}
+
+    def plan(self, tree: Any, given: bool = True) -> Plan:
+        """What each leaf gets, for these parameters; where none are `given`, for updates in place of them."""
+        leaves, structure = jax.tree.flatten(tree)
+        selection = self._select(tree, given)
+        key = structure, trees.avals(leaves), selection.key, visible_dtype()
+        if key not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            parts = [each.stage if isinstance(each, TreePass) else each.rules for each in self.passes]
+            self._plans[key] = make_plan(parts, selection, key[1])
+        return self._plans[key]
+
+    def _select(self, tree: Any, given: bool) -> Selection:
+        return select(self.flat, self._masks, tree, given)
 
     def __reduce__(self) -> Any:
         return Chain, (self.stages,)
@@ -124,15 +156,18 @@ class Chain(Body):
     # init
 
     def init(self, params: Any) -> Any:
-        leaves, structure = trees.flatten("params", params)
-        selection = self.select(params, leaves, structure)
+        leaves, structure = jax.tree.flatten(params)
+        plan = self.plan(params)
+        for index, (frozen, leaf) in enumerate(zip(plan.frozen, leaves, strict=True)):
+            if not frozen:
+                trees.check_trainable("params", structure, index, trees.avals([leaf])[0])
         fields: dict[str, Any] = {}
-        for segment in self.segments:
-            if isinstance(segment, TreePass):
-                acts = selection.seen_by(segment.stage)
-                fields[segment.field] = segment.stage.body.init(masked(acts, params, leaves, structure))
-            else:
-                fields |= passes.initial_fields(segment, selection, leaves, structure)
+        for each, own in zip(self.passes, plan.passes, strict=True):
+            fields |= (
+                each.initial(own, params, leaves, structure)
+                if isinstance(each, TreePass)
+                else each.initial(own, leaves, structure)
+            )
         count = jnp.zeros((), jnp.int32)
         # arrays of their own: a step that donates its state may neither delete a user's nor be given one twice
         visible = {name: jnp.array(value) for name, value in self._visible(self._values(count, {})).items()}
@@ -141,45 +176,50 @@ class Chain(Body):
     # update
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
-        return self._run(updates, state, params, call, None, lands=False)
-
-    def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
-        if not self.segments:
-            return super().guarded(updates, state, params, call, taken)
-        return self._run(updates, state, params, call, taken, lands=False)
-
-    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if not self.segments or isinstance(self.segments[-1], TreePass):
-            return super().advance(updates, state, params, call, taken)
-        return self._run(updates, state, params, call, taken, lands=True)
-
-    def _run(
-        self, updates: Any, state: Any, params: Any, call: Call, taken: Any, lands: bool
-    ) -> tuple[Any, Any, Report]:
-        """The updates, or if it `lands` the new parameters, with the new state; as they were where none is `taken`."""
-        leaves = Leaves.of(updates, params)
+        if params is None and self.needs_params:
+            raise ValueError(f"{self._who_needs_params()} needs the parameters: call update(updates, state, params)")
+        plan = self.plan(updates if params is None else params, given=params is not None)
+        leaves = given = Leaves.of(updates, params, plan.frozen)
         self._check_state(state)
-        selection = self.select(params, leaves.params, leaves.structure)
         values = self._values(state.count, state.hyperparams)
         fields: dict[str, Any] = {}
-        reports: list[tuple[str, jax.Array]] = []
-        for segment, following in itertools.zip_longest(self.segments, self.segments[1:]):
-            if isinstance(segment, TreePass):
-                ran = passes.run_foreign(segment, state, leaves, selection, call, taken)
-                leaves, fields[segment.field], report = ran
+        told: list[jax.Array] = []
+        for each, own, following in itertools.zip_longest(self.passes, plan.passes, self.passes[1:]):
+            if isinstance(each, TreePass):
+                leaves, new, report = each.run(state, leaves, own, call)
             else:
-                rounds = following is None or (isinstance(following, TreePass) and following.rounds)
-                how = "land" if lands and following is None else "round" if rounds else "wide"
-                ran = passes.run_rules(segment, state, leaves, selection, values, call, how, taken)
-                leaves, new, report = ran
-                old = {name: getattr(state, name) for name in segment.memory}
-                fields |= new | unless(taken, old, {name: new[name] for name in old})
-            reports += report.items()
-        visible = self._visible(values)
-        told = {"count": increment(state.count), "hyperparams": visible}
-        told = unless(taken, {"count": state.count, "hyperparams": state.hyperparams}, told)
-        new_state = self.state_type(**told, **fields)
-        return leaves.rounded(), new_state, dict(zip(self.reports, [value for _, value in reports], strict=True))
+                rounds = isinstance(following, TreePass) and following.rounds
+                leaves, new, report = each.run(state, leaves, own, values, call, rounds)
+            fields |= new
+            told += report.values()
+        result = given.result(call.wants, self._results(leaves, plan, call))
+        visible = {"count": increment(state.count), "hyperparams": self._visible(values)}
+        visible = unless(call.accepted, {name: getattr(state, name) for name in visible}, visible)
+        return result, self.state_type(**visible, **fields), dict(zip(self.reports, told, strict=True))
+
+    def _results(self, leaves: Leaves, plan: Plan, call: Call) -> list[Any]:
+        """What became of each leaf; those on which nothing acts get here what is wanted of all."""
+        results = [leaf.update for leaf in leaves.leaves]
+        for index in plan.untouched:
+            leaf = leaves.leaves[index]
+            if leaf.update is None:
+                continue
+            if leaves.has_params and (call.wants == "params" or isinstance(leaf.param, EncodedParam)):
+                results[index] = leaf.moved(call.accepted)
+            else:
+                update = leaf.update
+                if not numerics.strong(update, leaf.final):
+                    update = cast(update, leaf.final)
+                results[index] = unless(call.accepted, no_update(update), update)
+        return results
+
+    def _who_needs_params(self) -> str:
+        """The first stage that asks for the parameters, as messages call it."""
+        for stage in self.flat:
+            for part in stage.walk() if isinstance(stage, Rule) else [stage]:
+                if part.mask is not None or (part.needs_params if isinstance(part, Rule) else part.body.needs_params):
+                    return part.name if isinstance(part, Rule) else repr(part)
+        raise AssertionError
 
     def _values(self, count: Any, stored: Mapping[str, jax.Array]) -> dict[str, Any]:
         """This step's hyperparameters: floats for constants, else scalars of at least float32."""
@@ -210,23 +250,35 @@ class Chain(Body):
     # What is told of it
 
     def frozen(self, params: Any) -> list[bool]:
-        leaves, structure = trees.flatten("params", params)
-        within = [stage for stage in self.flat if isinstance(stage, TreeStage)]
-        freezing = [stage for stage in self.flat if isinstance(stage, Rule) and stage.freezes]
-        if not freezing and not within:
-            return [False] * len(leaves)
-        return Selection.of([*freezing, *within], params, leaves, structure).frozen
+        return self.plan(params).frozen
+
+    def inventory(self, params: Any) -> list[StateArray]:
+        leaves, structure = jax.tree.flatten(params)
+        plan, state = self.plan(params), state_shapes(self.init, params)
+        arrays = shared(state, *(f for f in ("count", "hyperparams") if f in state._fields))
+        for each, own in zip(self.passes, plan.passes, strict=True):
+            if isinstance(each, RulePass):
+                arrays += shared(state, *each.memory)
+                for field in each.fields:
+                    role = ROLES.get(names_of(field)[-1])
+                    arrays += per_leaf((GetAttrKey(field),), getattr(state, field), params, role, of_rule=True)
+            elif isinstance(own, TreePlan):
+                seen = masked(own.sees, params, leaves, structure)
+                places = [place for place, sees in enumerate(own.sees) if sees]
+                arrays += within(each.field, each.stage.body.inventory(seen), places)
+        return arrays
 
     def assign(self, params: Any) -> list[Assigned]:
-        leaves, structure = trees.flatten("params", params)
-        selection = self.select(params, leaves, structure)
+        leaves, structure = jax.tree.flatten(params)
+        selection = self._select(params, given=True)
+        frozen, sees = selection.all_frozen, selection.seen_by(self.flat)
         tables = [stage.table for stage in self.stages if isinstance(stage, Groups)]
         labels = zip(*([table.label(group) for group in table(structure)] for table in tables), strict=True)
         groups = [" ".join(some) for some in labels] if tables else [""] * len(leaves)
-        assigned = [Assigned(group, frozen, {}) for group, frozen in zip(groups, selection.frozen, strict=True)]
+        assigned = [Assigned(group, rests, {}) for group, rests in zip(groups, frozen, strict=True)]
         for stage in self.flat:
             if isinstance(stage, TreeStage):
-                acts = selection.seen_by(stage)
+                acts = sees[id(stage)]
                 inner = iter(stage.body.assign(masked(acts, params, leaves, structure)))
                 assigned = [one.joined(next(inner)) if act else one for one, act in zip(assigned, acts, strict=True)]
                 continue

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,94 +16,119 @@ from jax.sharding import PartitionSpec
 from gradxform._core import rule as one_array
 from gradxform._core import trees
 from gradxform._core.arguments import visible_dtype
+from gradxform._core.call import Report
+from gradxform._core.encoded import EncodedParam, Form
 from gradxform._core.meshes import partitioned
-from gradxform._core.rule import Measure, Report, Rule, Scalars
+from gradxform._core.rule import Measure, Rule, Scalars
 from gradxform.numerics import arithmetic as numerics
 from gradxform.numerics import rounding
 
-How: TypeAlias = Literal["wide", "round", "land"]
-"""What a pass gives: updates in the dtype of the arithmetic, in the parameters', or the new parameters."""
+
+class Ending(NamedTuple):
+    """What a pass makes of the update of a leaf: fixed when it is compiled."""
+
+    gives: Literal["wide", "update", "param"]
+    """The update in the dtype of the arithmetic, in the parameter's, or the parameter after it."""
+    final: np.dtype[Any]
+    """The dtype of the parameter."""
+    form: Form | None = None
+    """How the parameter is kept, where that is not as itself."""
+
+    def value(self, param: Any, dtype: Any) -> Any:
+        """The parameter in the dtype of the arithmetic; None if there is none."""
+        if param is None:
+            return None
+        return numerics.cast(param if self.form is None else self.form.read(param), dtype)
+
+    def result(self, update: Any, value: Any, param: Any, accepted: Any) -> Any:
+        if self.gives == "wide":
+            return update
+        if self.gives == "update":
+            update = numerics.cast(update, self.final)
+            return update if accepted is None else jnp.where(accepted, update, numerics.no_update(update))
+        if self.form is None:
+            return trees.unless(accepted, param, numerics.cast(jax.lax.add(value, update), self.final))
+        return self.form.write(numerics.cast(value, np.float32), numerics.cast(update, np.float32), param, accepted)
 
 
 def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step(how, final, dtype, scalars, own, update, slots, param, …)``, compiled; its results lie where these do."""
+    """``step(ending, dtype, scalars, own, update, slots, param, …)``, compiled; its results lie where these do."""
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     @functools.wraps(step)
-    def wrapped(how, final, dtype, scalars, own, update, slots, param, *more):  # pyright: ignore[reportMissingParameterType] (as `step`)
-        like = (param if how == "land" else update), slots
-        return partitioned(functools.partial(step, how, final, dtype), like, scalars, own, update, slots, param, *more)
+    def wrapped(ending, dtype, scalars, own, update, slots, param, *more):  # pyright: ignore[reportMissingParameterType] (as `step`)
+        like = (param if ending.gives == "param" else update), slots
+        return partitioned(functools.partial(step, ending, dtype), like, scalars, own, update, slots, param, *more)
 
     return wrapped
 
 
 @functools.lru_cache(maxsize=4096)
-def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-    """``leaf_update(how, final, dtype, scalars, own, update, slots, param, taken)``: rules on one leaf.
+def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
+    """``leaf_update(ending, dtype, scalars, own, update, slots, param, accepted)``: rules on one leaf.
 
-    `own` are the numbers of the leaf that the first rule measured. Where `taken` is False nothing changes.
+    `own` are the numbers of the leaf that the first rule measured. Where `accepted` is False nothing changes.
     """
 
     @compiled
-    def leaf_update(how, final, dtype, scalars, own, update, slots, param, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def leaf_update(ending, dtype, scalars, own, update, slots, param, accepted):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         with jax.numpy_dtype_promotion("standard"):
             scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
             structure = _slot_structure(rules)
             state = structure.unflatten([_widened(slot, dtype) for slot in slots])
-            wide = None if param is None else numerics.cast(param, dtype)
-            keep = _Keeper(scalars.seed, taken)
-            new_update, new_state = one_array.run(rules, scalars, numerics.cast(update, dtype), state, wide, keep)
-            new_slots = structure.flatten_up_to(new_state)
-            result = _moved(dtype, param, new_update, taken) if how == "land" else _update(new_update, final, taken)
+            value = ending.value(param, dtype)
+            keep = _Keeper(scalars.seed, accepted)
+            new_update, new_state = one_array.run(
+                rules, scalars, numerics.widened_apart(update, dtype), state, value, keep
+            )
+            result = ending.result(numerics.cast(new_update, dtype), value, param, accepted)
             return result, tuple(
                 keep.narrow[id(new)][0] if id(new) in keep.narrow else numerics.cast(new, trees.dtype_of(old))
-                for new, old in zip(new_slots, slots, strict=True)
+                for new, old in zip(structure.flatten_up_to(new_state), slots, strict=True)
             )
 
     return leaf_update
 
 
 @functools.lru_cache(maxsize=4096)
-def on_batch(rules: tuple[Rule, ...]) -> Callable[..., tuple[list[jax.Array], list[tuple[Any, ...]]]]:
+def on_batch(rules: tuple[Rule, ...]) -> Callable[..., tuple[list[Any], list[tuple[Any, ...]]]]:
     """`on_leaf` for several leaves of one shape, stacked; what differs from leaf to leaf comes in lists."""
 
     @compiled
-    def batch_update(how, final, dtype, scalars, own, updates, slots, params, taken):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
-        def one(own: Any, update: Any, slots: Any, param: Any) -> Any:
-            return on_leaf(rules)(how, final, dtype, scalars, own, update, slots, param, taken)
+    def batch_update(ending, dtype, scalars, own, updates, slots, params, accepted):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+        def single(own: Any, update: Any, slots: Any, param: Any) -> Any:
+            return on_leaf(rules)(ending, dtype, scalars, own, update, slots, param, accepted)
 
-        stacks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *some) for some in (own, updates, slots, params))
-        results = jax.vmap(one)(*stacks)
-        some = [jax.tree.map(lambda whole, place=place: whole[place], results) for place in range(len(updates))]
-        return [update for update, _ in some], [new for _, new in some]
+        stacks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for each in (own, updates, slots, params))
+        results = jax.vmap(single)(*stacks)
+        parts = [jax.tree.map(lambda whole, place=place: whole[place], results) for place in range(len(updates))]
+        return [update for update, _ in parts], [new for _, new in parts]
 
     return batch_update
 
 
-def _update(update: jax.Array, dtype: np.dtype[Any], taken: Any) -> jax.Array:
-    update = numerics.cast(update, dtype)
-    return update if taken is None else jnp.where(taken, update, numerics.no_update(update))
-
-
-def _moved(dtype: Any, param: Any, update: Any, taken: Any) -> jax.Array:
+def _moved(dtype: Any, param: Any, update: Any, accepted: Any) -> jax.Array:
     """θ + u, rounded once, from the precision of the arithmetic."""
-    new = numerics.cast(jax.lax.add(numerics.cast(param, dtype), numerics.cast(update, dtype)), trees.dtype_of(param))
-    return new if taken is None else jnp.where(taken, new, param)
+    ending = Ending("param", trees.dtype_of(param))
+    return ending.result(numerics.cast(update, dtype), numerics.cast(param, dtype), param, accepted)
 
 
 _moved_alone = jax.jit(_moved, static_argnums=0)
 
 
-def landed(dtype: Any, param: Any, update: Any, taken: Any) -> jax.Array:
-    """`_moved`, compiled by itself where nothing around it is: a call more to trace is more than what it does."""
-    return (_moved_alone if trees.concrete(update) else _moved)(dtype, param, update, taken)
+def moved(dtype: Any, param: Any, update: Any, accepted: Any) -> Any:
+    """The parameter after an update, outside a pass."""
+    if isinstance(param, EncodedParam):
+        return param.moved(update, accepted)
+    # compiled by itself where nothing around it is: a call more to trace is more than what it does
+    return (_moved_alone if trees.concrete(update) else _moved)(dtype, param, update, accepted)
 
 
 class _Keeper:
     """What the state keeps of the moments of one leaf."""
 
-    def __init__(self, seed: Any, taken: Any) -> None:
-        self._seed, self._taken = seed, taken
+    def __init__(self, seed: Any, accepted: Any) -> None:
+        self._seed, self._accepted = seed, accepted
         self._number = itertools.count()
         self.narrow: dict[int, tuple[jax.Array, jax.Array]] = {}
         """What was rounded, by the id of what stands for it in the arithmetic, which is kept beside."""
@@ -114,12 +139,12 @@ class _Keeper:
         if _narrow(dtype) and jnp.issubdtype(new.dtype, jnp.inexact):
             # the same seed for every leaf: a number of its own would make every leaf a kernel of its own to compile
             narrow = rounding.rounded_at_random(new, dtype, rounding.seed_for(self._seed, index))
-            if self._taken is not None:
-                narrow = jnp.where(self._taken, narrow, old.astype(dtype))
+            if self._accepted is not None:
+                narrow = jnp.where(self._accepted, narrow, old.astype(dtype))
             wide = narrow.astype(new.dtype)
             self.narrow[id(wide)] = narrow, wide
             return wide
-        return new if self._taken is None else jnp.where(self._taken, new, old)
+        return new if self._accepted is None else jnp.where(self._accepted, new, old)
 
 
 def _narrow(dtype: np.dtype[Any] | None) -> bool:
@@ -163,7 +188,7 @@ def measured_jointly(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]
     joint = measure.joint
 
     def on_whole(dtype: Any, groups: Any) -> Mapping[str, jax.Array]:
-        return joint([[numerics.cast(update, dtype) for update in group] for group in groups])
+        return joint(groups, dtype)
 
     @functools.partial(jax.jit, static_argnums=0)
     def joint_measure(dtype, groups):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
@@ -201,6 +226,13 @@ def stacked(numbers: list[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
     """The numbers of all leaves, each stacked into an array."""
     with jax.numpy_dtype_promotion("standard"):
         return {key: jnp.stack([one[key] for one in numbers]) for key in numbers[0]}
+
+
+@jax.jit
+def rescaled(numbers: Mapping[str, jax.Array], factor: jax.Array) -> dict[str, jax.Array]:
+    """Norms of arrays times a number, from those of the arrays."""
+    with jax.numpy_dtype_promotion("standard"):
+        return {name: (value * jnp.abs(factor)).astype(value.dtype) for name, value in numbers.items()}
 
 
 cast = jax.jit(numerics.cast, static_argnums=1)
@@ -243,7 +275,7 @@ def _slot_paths(rules: tuple[Rule, ...]) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def owned_slots(rules: tuple[Rule, ...], variant: tuple[Rule, ...]) -> dict[int, int]:
-    """Where the arrays of `variant`, what one leaf gets of `rules`, stand among theirs: place there to place here."""
+    """Where the arrays of `variant`, what a leaf gets of `rules`, stand among theirs: place there to place here."""
     own = _slot_paths(variant)
     return {place: own.index(path) for place, path in enumerate(_slot_paths(rules)) if path in own}
 

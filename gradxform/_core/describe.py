@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from gradxform._core import trees
-from gradxform._core.body import Assigned, Body, body_of
+from gradxform._core.body import Assigned, body_of
 from gradxform._core.hyperparameters import Hyperparameter
 
 
@@ -155,18 +155,24 @@ def describe(tx: optax.GradientTransformation, params: Any, *, show: bool = True
       (9.0, 0.999)
     """
     body = body_of("tx of describe", tx)
-    leaves, structure = trees.flatten("params", params)
-    shapes = structure.unflatten([jax.ShapeDtypeStruct(*trees.aval(leaf)) for leaf in leaves])
-    state = jax.eval_shape(body.init, shapes)
-    per_leaf = _bytes_by_leaf(body, shapes)
-    everything = sum(_nbytes(leaf) for leaf in jax.tree.leaves(state))
+    leaves, structure = jax.tree.flatten(params)
+    avals = [trees.aval(leaf) for leaf in leaves]
+    shapes = structure.unflatten(
+        [leaf if aval[1] is None else jax.ShapeDtypeStruct(*aval) for leaf, aval in zip(leaves, avals, strict=True)]
+    )
+    per_leaf, everything = [0] * len(leaves), 0
+    for array in body.inventory(shapes):
+        everything += _nbytes(array.aval)
+        if array.leaf is not None:
+            per_leaf[array.leaf] += _nbytes(array.aval)
     assigned = body.assign(shapes)
     description = Description(
         tuple(
             _leaf(path, leaf, one, size)
-            for path, leaf, one, size in zip(
-                trees.paths(structure), jax.tree.leaves(shapes), assigned, per_leaf, strict=True
+            for path, leaf, one, size, (_, dtype) in zip(
+                trees.paths(structure), jax.tree.leaves(shapes), assigned, per_leaf, avals, strict=True
             )
+            if dtype is not None
         ),
         everything - sum(per_leaf),
     )
@@ -184,24 +190,9 @@ def _leaf(path: str, leaf: jax.ShapeDtypeStruct, assigned: Assigned, state_bytes
     )
 
 
-def _bytes_by_leaf(body: Body, params: Any) -> list[int]:
-    """The bytes of state that belong to each leaf: those whose path ends with the leaf's."""
-    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
-        return _bytes_by_leaf(body, {"": params})  # a bare array has no path to tell it by
-    state = jax.eval_shape(body.init, params)
-    places = {path: place for place, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])}
-    totals = [0] * len(places)
-    longest = max(map(len, places), default=0)
-    for path, array in jax.tree_util.tree_flatten_with_path(state)[0]:
-        ends = (path[-length:] for length in range(min(longest, len(path)), 0, -1))
-        place = next((places[end] for end in ends if end in places), None)
-        if place is not None:
-            totals[place] += _nbytes(array)
-    return totals
-
-
-def _nbytes(leaf: Any) -> int:
-    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+def _nbytes(aval: Any) -> int:
+    shape, dtype = aval
+    return int(np.prod(shape)) * dtype.itemsize
 
 
 def _folded(leaves: Sequence[LeafDescription]) -> list[tuple[str, list[LeafDescription]]]:

@@ -1,171 +1,167 @@
-"""The leaves of one update, checked, with what is known of each before anything is computed."""
+"""The leaves of one step, checked, with what is known of each before anything is computed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gradxform._core import meshes, trees
-from gradxform._core.compiled import cast, landed, measured, measured_jointly, stacked
-from gradxform._core.rule import Measure
+from gradxform._core.compiled import moved
+from gradxform._core.encoded import EncodedParam
 from gradxform.numerics import arithmetic as numerics
-from gradxform.numerics import norms as euclidean
-
-if TYPE_CHECKING:
-    from gradxform._core.body import Body, Call
 
 HOLE = optax.MaskedNode()
 """What a tree has in place of a leaf that is left out: no leaf of JAX's."""
 
 
-def masked(acts: list[bool], tree: Any, leaves: list[Any], structure: Any) -> Any:
+class Leaf(NamedTuple):
+    """A leaf of one step."""
+
+    update: Any
+    """None where the leaf stays as it is: it is frozen, no array, or has no gradient."""
+    param: Any
+    """None where the step was given no parameters."""
+    shape: tuple[int, ...]
+    arithmetic: Any
+    """The dtype it is computed in."""
+    final: Any
+    """The dtype its update is returned in: the parameter's."""
+
+    def moved(self, accepted: Any = None) -> Any:
+        """The parameter after the update."""
+        return moved(self.arithmetic, self.param, self.update, accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """All leaves of one step."""
+
+    structure: Any
+    leaves: list[Leaf]
+    given: list[Any]
+    """The updates as they came, also those of frozen leaves."""
+    has_params: bool
+
+    @classmethod
+    def of(cls, updates: Any, params: Any, frozen: Sequence[bool]) -> Leaves:
+        """Flatten and check: same structure and shapes, no complex update for a real parameter."""
+        if params is None:
+            given, structure = jax.tree.flatten(updates)
+            params_given, param_avals = [None] * len(given), None
+        else:
+            params_given, structure = jax.tree.flatten(params)
+            given, param_avals = like_params(updates, params, structure), trees.avals(params_given)
+        used = (
+            [None if rests else update for rests, update in zip(frozen, given, strict=True)] if any(frozen) else given
+        )
+        facts = _facts(structure, trees.avals(used), param_avals)
+        pairs = zip(used, params_given, facts, strict=True)
+        return cls(structure, [Leaf(update, param, *fact) for update, param, fact in pairs], given, params is not None)
+
+    def updated(self, updates: Sequence[Any]) -> Leaves:
+        """The same leaves with other updates."""
+        pairs = zip(self.leaves, updates, strict=True)
+        return dataclasses.replace(self, leaves=[Leaf(update, *leaf[1:]) for leaf, update in pairs])
+
+    def checked(self, who: str, new: Any, given: Any, acts: Sequence[bool]) -> list[Any]:
+        """The new updates of a stage that was `given` these; raises if it changed the structure or a shape."""
+        remedy = "every stage must keep the structure"
+        try:
+            parts = self.structure.flatten_up_to(new)
+        except ValueError:
+            parts = None
+        used = [act and leaf.update is not None for act, leaf in zip(acts, self.leaves, strict=True)]
+        if parts is None or not jax.tree_util.all_leaves([p for p, each in zip(parts, used, strict=True) if each]):
+            trees.check_same_structure(who, jax.tree.structure(new), "updates", jax.tree.structure(given), remedy)
+            raise TypeError(f"{who} are {type(new).__name__}, not a tree like the updates; {remedy}")
+        for index, (part, leaf, each) in enumerate(zip(parts, self.leaves, used, strict=True)):
+            if each:
+                trees.check_trainable(who, self.structure, index, trees.avals([part])[0])
+                made, old, real = trees.aval(part), trees.aval(leaf.update), "real updates must stay real"
+                trees.check_update(who, made, old, self.structure, index, "updates", real)
+        return parts
+
+    def result(self, wants: Literal["updates", "params"], results: Sequence[Any]) -> Any:
+        """The tree of the results, with what is wanted of the leaves that stay as they are: these, or no update."""
+        whole = [
+            self._unmoved(wants, leaf, given) if leaf.update is None else result
+            for leaf, given, result in zip(self.leaves, self.given, results, strict=True)
+        ]
+        return self.structure.unflatten(whole)
+
+    def _unmoved(self, wants: Literal["updates", "params"], leaf: Leaf, given: Any) -> Any:
+        if self.has_params and (wants == "params" or isinstance(leaf.param, EncodedParam)):
+            return leaf.param
+        return no_update(leaf.param if self.has_params else given)
+
+
+def no_update(leaf: Any, dtype: Any = None) -> Any:
+    """Zeros like a leaf, −0 where there is one, which leaves every number as it is; None for what is no array."""
+    _, own = trees.aval(leaf)
+    if own is None or own == jax.dtypes.float0:
+        return None if own is None else leaf
+    zeros = jnp.zeros_like(leaf, dtype=dtype)
+    return meshes.divided_like(leaf, numerics.no_update(zeros) if trees.trainable(zeros.dtype) else zeros)
+
+
+def like_params(updates: Any, params: Any, structure: Any) -> list[Any]:
+    """The updates, one for each leaf of the parameters; None in a tree of updates stands for a whole subtree."""
+    given, own = jax.tree.flatten(updates)
+    if own == structure:
+        return given
+    if not given:
+        raise ValueError(f"updates has no leaf, params has {structure.num_leaves}; pass gradients of these params")
+    spread: list[Any] = []
+
+    def put(update: Any, part: Any) -> None:
+        if update is not None and not jax.tree_util.all_leaves([part]):
+            raise ValueError
+        spread.extend([update] * jax.tree.structure(part).num_leaves)
+
+    try:
+        jax.tree.map(put, updates, params, is_leaf=lambda node: node is None)
+    except ValueError:
+        remedy = "pass gradients or updates of these params"
+        trees.check_same_structure("updates", own, "params", structure, remedy)
+        raise
+    return spread
+
+
+@functools.lru_cache(maxsize=512)
+def _facts(
+    structure: Any, updates: tuple[trees.Aval | None, ...], params: tuple[trees.Aval | None, ...] | None
+) -> list[tuple[tuple[int, ...], Any, Any]]:
+    """Shape, arithmetic and final dtype of each leaf; raises where an update does not fit its parameter."""
+    facts: list[tuple[tuple[int, ...], Any, Any]] = []
+    for index, (update, param) in enumerate(zip(updates, updates if params is None else params, strict=True)):
+        if update is None:
+            shape, dtype = ((), None) if param is None else param
+            facts.append((shape, trees.compute_dtype(dtype) if trees.trainable(dtype) else None, dtype))
+            continue
+        assert param is not None
+        trees.check_trainable("updates", structure, index, update)
+        if params is not None:
+            trees.check_trainable("params", structure, index, param)
+            trees.check_update("updates", update, param, structure, index)
+        facts.append((param[0], trees.compute_dtype(update[1], param[1]), param[1]))
+    return facts
+
+
+def masked(acts: Sequence[bool], tree: Any, leaves: Sequence[Any], structure: Any) -> Any:
     """The tree with a hole in place of each leaf that is not acted on."""
     if all(acts):
         return tree
     return structure.unflatten([leaf if act else HOLE for leaf, act in zip(leaves, acts, strict=True)])
 
 
-def trained_leaves(body: Body, params: Any, updates: Any) -> list[bool]:
-    """Which leaves a transformation does not freeze; `updates` stand for the parameters where there are none."""
-    return [not frozen for frozen in body.frozen(updates if params is None else params)]
-
-
-def trained(body: Body, params: Any) -> Any:
-    """The parameters with holes where a transformation freezes them."""
-    leaves, structure = trees.flatten("params", params)
-    return masked(trained_leaves(body, params, params), params, leaves, structure)
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaves:
-    """The leaves of one update, and what is known of each before anything is computed."""
-
-    updates: list[Any]
-    params: list[Any]
-    structure: Any
-    arithmetic: list[np.dtype[Any]]
-    """The dtype each leaf is computed in."""
-    final: list[np.dtype[Any]]
-    """The dtype each update is returned in: the parameter's."""
-    whole_params: Any
-
-    @classmethod
-    def of(cls, updates: Any, params: Any) -> Leaves:
-        """Flatten and check: same structure and shapes, no complex update for a real parameter."""
-        leaves, structure = trees.flatten("updates", updates)
-        if params is None:
-            dtypes = [trees.dtype_of(leaf) for leaf in leaves]
-            return cls(leaves, [None] * len(leaves), structure, [trees.compute_dtype(d) for d in dtypes], dtypes, None)
-        param_leaves, param_structure = trees.flatten("params", params)
-        remedy = "pass gradients or updates of these params"
-        trees.check_same_structure("updates", structure, "params", param_structure, remedy)
-        arithmetic, final = [], []
-        for index, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
-            trees.check_update("updates", leaf, param, structure, index)
-            final.append(trees.dtype_of(param))
-            arithmetic.append(trees.compute_dtype(trees.dtype_of(leaf), final[-1]))
-        return cls(leaves, param_leaves, structure, arithmetic, final, params)
-
-    def measured(
-        self, measure: Measure, acts: Iterable[bool], call: Call, name: str, axis_name: tuple[str, ...] | None
-    ) -> tuple[list[Mapping[str, jax.Array]], Mapping[str, jax.Array]]:
-        """The numbers of `measure` of every leaf that is acted on, one by one, and stacked; {} if there is none.
-
-        A joint measure takes small leaves of one kind together, and has no numbers of single leaves.
-
-        Args:
-          measure: What to measure; once per array and `call`, whoever asks.
-          acts: Whether each leaf counts.
-          call: The update in progress.
-          name: Who asks, for messages.
-          axis_name: Axes of the mesh over which the leaves are sharded; see `clip_by_global_norm`.
-        """
-        indices = [index for index, act in enumerate(acts) if act]
-        if not indices:
-            return [], {}
-        axes = [meshes.sharded_over(self.updates[i], axis_name, name, self.structure, i) for i in indices]
-        if measure.joint is None:
-            numbers = [self._measured_one(measure, i, call) for i in indices]
-            parts = {over: [i for i, own in enumerate(axes) if own == over] for over in dict.fromkeys(axes)}
-            wholes = [_whole(measure, stacked([numbers[i] for i in some]), over) for over, some in parts.items()]
-            if len(wholes) == 1 and not axes[0]:
-                return numbers, wholes[0]
-            back = np.argsort([i for some in parts.values() for i in some])
-            whole = {key: value[back] for key, value in _joined(wholes).items()}
-            return [{key: value[i] for key, value in whole.items()} for i in range(len(numbers))], whole
-        kinds: dict[Any, list[int]] = {}
-        for index, over in zip(indices, axes, strict=True):
-            kinds.setdefault((over, self.arithmetic[index]), []).append(index)
-        return [], _joined(
-            [_whole(measure, self._measured_all(measure, i, call), over) for (over, _), i in kinds.items()]
-        )
-
-    def _measured_one(self, measure: Measure, index: int, call: Call) -> Mapping[str, jax.Array]:
-        """The numbers of one leaf."""
-        leaf, dtype = self.updates[index], self.arithmetic[index]
-        key = (measure.of, dtype, id(leaf))
-        if key not in call.measured:  # the leaf is kept beside, so that no other gets its id
-            call.measured[key] = (measured(measure)(dtype, leaf), leaf)
-        return call.measured[key][0]
-
-    def _measured_all(self, measure: Measure, indices: list[int], call: Call) -> Mapping[str, jax.Array]:
-        """The numbers of groups that make up leaves of one dtype, stacked; of the leaves if they are known."""
-        leaves, dtype = [self.updates[i] for i in indices], self.arithmetic[indices[0]]
-        if all((measure.of, dtype, id(leaf)) in call.measured for leaf in leaves):
-            return stacked([self._measured_one(measure, i, call) for i in indices])
-        key = (measure.joint, dtype, *map(id, leaves))
-        if key not in call.measured:
-            call.measured[key] = (measured_jointly(measure)(dtype, alike(leaves)), leaves)
-        return call.measured[key][0]
-
-    def landed(self) -> Any:
-        """The parameters after the updates, in their own dtypes."""
-        triples = zip(self.arithmetic, self.params, self.updates, strict=True)
-        return self.structure.unflatten([landed(dtype, param, update, None) for dtype, param, update in triples])
-
-    def rounded(self) -> Any:
-        """The whole tree of updates, in the parameters' dtypes."""
-        pairs = zip(self.updates, self.final, strict=True)
-        return self.structure.unflatten([u if numerics.strong(u, dtype) else cast(u, dtype) for u, dtype in pairs])
-
-
-def alike(leaves: Sequence[Any]) -> list[list[Any]]:
-    """Small leaves of one shape, dtype and sharding together, large ones alone."""
-    groups: dict[Any, list[Any]] = {}
-    for index, leaf in enumerate(leaves):
-        groups.setdefault(index if np.size(leaf) > euclidean.SMALL else kind_of(leaf), []).append(leaf)
-    return list(groups.values())
-
-
-def kind_of(leaf: Any) -> Any:
-    """What leaves must share to be put together: shape, dtype and how they are divided over a mesh."""
-    return (trees.aval(leaf), getattr(leaf, "sharding", None)) if trees.concrete(leaf) else jax.typeof(leaf)
-
-
-def _whole(measure: Measure, numbers: Mapping[str, jax.Array], axes: tuple[str, ...]) -> Mapping[str, jax.Array]:
-    """From the numbers of the shards over some axes of the mesh to those of the whole."""
-    if not axes:
-        return numbers
-    assert measure.across is not None
-    return measure.across(numbers, axes)
-
-
-def _joined(parts: list[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Stacked numbers one after the other."""
-    with jax.numpy_dtype_promotion("standard"):
-        return {
-            key: jnp.concatenate([part[key] for part in parts]) if len(parts) > 1 else parts[0][key] for key in parts[0]
-        }
-
-
 def column(name: str, tree: Any, structure: Any) -> list[Any]:
-    """One value per leaf of `structure`, a hole where `tree` leaves one out."""
+    """A value for each leaf of `structure`, a hole where `tree` leaves one out."""
     slots, own = jax.tree.flatten(tree)
     if own == structure:
         return slots

@@ -66,6 +66,7 @@ def lift(
     batched: bool | None = False,
     needs_params: bool = False,
     at_most: str | None = None,
+    rescales: str | None = None,
     state_dtype: Any = None,
     **arguments: Any,
 ) -> Transformation:
@@ -101,6 +102,8 @@ def lift(
       needs_params: Whether `update` reads ``param``.
       at_most: Which argument the magnitudes of the new update do not exceed, but for rounding. The next rule
         finds its value as ``step.at_most``, infinity where it is not constant, and need not guard against more.
+      rescales: Which scalar that `gather` returns `update` multiplies by, and does nothing else: norms of its results
+        are then those of its input times it.
       constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
         at their defaults are left out. Default: the function in which `update` is defined.
       state_dtype: A floating-point dtype that the state is kept in; default that of the arithmetic.
@@ -130,8 +133,8 @@ def lift(
         measure = Measure(measure)
     if axis_name and measure is not None and measure.across is None:
         raise TypeError("axis_name needs to know how the numbers of shards make one: give measure=Measure(of, across)")
-    if gather is None and (memory or reports):
-        raise TypeError("memory and reports go with gather: give it, or neither")
+    if gather is None and (memory or reports or rescales):
+        raise TypeError("memory, reports and rescales go with gather: give it, or neither")
     if at_most is not None and at_most not in arguments:
         raise TypeError(f"at_most must name an argument of the rule, got {at_most!r}; there are {sorted(arguments)}")
     name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
@@ -152,6 +155,7 @@ def lift(
         batched=batched,
         needs_params=needs_params,
         at_most=at_most,
+        rescales=rescales,
         state_dtype=state_float_dtype("state_dtype", state_dtype),
         arguments=tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
     )

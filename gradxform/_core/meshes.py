@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gradxform._core.trees import concrete, name_leaf
@@ -40,6 +41,17 @@ def divided_like(other: Any, x: Any) -> Any:
     """`x`, divided as the type of another array of its shape says that that is."""
     sharding = jax.typeof(other).sharding
     return jax.sharding.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
+
+
+def beside(leaf: Any, slot: Any) -> Any:
+    """A new array on the devices of a traced leaf of its shape, divided as it is: what is made of nothing lies on one.
+
+    The leaf takes part in a selection that never selects it, which costs nothing.
+    """
+    if concrete(leaf) or jnp.shape(slot) != leaf.shape or not jnp.issubdtype(slot.dtype, jnp.inexact):
+        return slot
+    own = leaf if jnp.iscomplexobj(slot) else leaf.real
+    return jnp.where(False, own.astype(slot.dtype), slot)
 
 
 def _divided(sharding: NamedSharding) -> bool:

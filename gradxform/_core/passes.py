@@ -1,9 +1,9 @@
-"""One step over all leaves: per leaf one compiled call, traced once per rule, shape and dtype."""
+"""A pass over all leaves: for each a compiled call, traced once for each rule, shape and dtype."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,14 @@ import optax
 from gradxform._core import meshes, trees
 from gradxform._core import rule as one_array
 from gradxform._core.arguments import visible_dtype
-from gradxform._core.body import Call, Foreign, Report
-from gradxform._core.compiled import How, gathered, landed, on_batch, on_leaf, owned_slots, prepared, slot_avals
-from gradxform._core.encoded import Encoded
-from gradxform._core.leaves import HOLE, Leaves, column, kind_of, masked, widened
+from gradxform._core.body import Foreign
+from gradxform._core.call import Call, Report
+from gradxform._core.compiled import Ending, gathered, on_batch, on_leaf, prepared
+from gradxform._core.encoded import EncodedMoment, EncodedParam, decoded
+from gradxform._core.leaves import HOLE, Leaf, Leaves, column, masked, widened
+from gradxform._core.measures import measure_leaves, remember_rescaled, type_of
+from gradxform._core.plan import LeafPlan, TreePlan
 from gradxform._core.rule import NOTHING, Rule, Scalars
-from gradxform._core.selection import Selection
 from gradxform._core.stages import TreeStage
 from gradxform.numerics import arithmetic as numerics
 
@@ -31,6 +33,170 @@ class RulePass:
     rules: tuple[Rule, ...]
     fields: tuple[str, ...]
     memory: tuple[str, ...]
+
+    def initial(self, plans: Sequence[LeafPlan], leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
+        """The pass's part of the state."""
+        slots = [
+            _initial_slots(plan.rules, leaf) if plan.places else [] for plan, leaf in zip(plans, leaves, strict=True)
+        ]
+        initial = (jnp.asarray(value, visible_dtype()) for _, value in self.rules[0].memory)
+        return self._fields(plans, slots, structure) | dict(zip(self.memory, initial, strict=True))
+
+    def run(
+        self,
+        state: Any,
+        leaves: Leaves,
+        plans: Sequence[LeafPlan],
+        values: Mapping[str, Any],
+        call: Call,
+        rounds: bool,
+    ) -> tuple[Leaves, dict[str, Any], Report]:
+        """Every rule on every leaf; `rounds` tells whether what is not done yet goes on in the parameters' dtypes."""
+        slots = self._slots(plans, state, leaves)
+        self._check_leaves(plans, leaves)
+        scalars, own, memory, report = self._scalars(plans, state, values, leaves, call)
+        results: list[Any] = [leaf.update for leaf in leaves.leaves]
+        for places in self._together(plans, leaves, slots):
+            place = places[0]
+            leaf, plan = leaves.leaves[place], plans[place]
+            fixed = _ending(plan, leaf, call, rounds), leaf.arithmetic, scalars[leaf.arithmetic]
+            if len(places) > 1:
+                batch = [leaves.leaves[i] for i in places]
+                columns = [own[i] for i in places], [x.update for x in batch], [slots[i] for i in places]
+                params = [_arrays(x.param) for x in batch]
+                ran = zip(*on_batch(plan.rules)(*fixed, *columns, params, call.accepted), strict=True)
+            else:
+                run = next((slot.on_leaf for slot in slots[place] if isinstance(slot, EncodedMoment)), on_leaf)
+                arrays = _arrays(leaf.param)
+                ran = [run(plan.rules)(*fixed, own[place], leaf.update, slots[place], arrays, call.accepted)]
+            for i, (result, new) in zip(places, ran, strict=True):
+                param = leaves.leaves[i].param
+                stored = fixed[0].gives == "param" and isinstance(param, EncodedParam)
+                results[i], slots[i] = param.renewed(result) if stored else result, new
+        after = leaves.updated(results)
+        first = self.rules[0]
+        if first.rescales is not None and len(self.rules) == 1:
+            factors = {
+                dtype: scalar.prepared[0][first.rescales] for dtype, scalar in scalars.items() if scalar.prepared
+            }
+            acts = [plan.acts and not plan.ends for plan in plans]
+            remember_rescaled(leaves, after, acts, factors, call)
+        return after, self._fields(plans, slots, leaves.structure) | memory, report
+
+    def _fields(self, plans: Sequence[LeafPlan], slots: Sequence[Any], structure: Any) -> dict[str, Any]:
+        """From each leaf's arrays to one tree per field."""
+        columns: list[list[Any]] = [[HOLE] * len(plans) for _ in self.fields]
+        for index, (plan, own) in enumerate(zip(plans, slots, strict=True)):
+            for place, slot in zip(plan.places, own, strict=True):
+                columns[place][index] = slot
+        return {field: structure.unflatten(each) for field, each in zip(self.fields, columns, strict=True)}
+
+    def _slots(self, plans: Sequence[LeafPlan], state: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
+        """The state of each leaf, after checking that it is this transformation's for these parameters."""
+        if not self.fields:
+            return [()] * len(plans)
+        columns = [column(f"state.{field}", getattr(state, field), leaves.structure) for field in self.fields]
+        rows = list(zip(*columns, strict=True))
+        for index, (plan, row) in enumerate(zip(plans, rows, strict=True)):
+            for place, slot in enumerate(row):
+                if place not in plan.places and not isinstance(slot, optax.MaskedNode):
+                    name = trees.name_leaf(f"state.{self.fields[place]}", leaves.structure, index)
+                    raise ValueError(f"{name} is {trees.describe(slot)}, but this leaf has no such state; {trees.ANEW}")
+            for place, aval in zip(plan.places, plan.avals, strict=True):
+                if not isinstance(row[place], EncodedMoment):  # `quantize_state` has checked it
+                    field = f"state.{self.fields[place]}"
+                    trees.check_slot(field, row[place], aval, leaves.structure, index, check_dtype=leaves.has_params)
+        return [tuple([row[place] for place in plan.places]) for plan, row in zip(plans, rows, strict=True)]
+
+    def _check_leaves(self, plans: Sequence[LeafPlan], leaves: Leaves) -> None:
+        """Raise if a rule gets a leaf that it can't take: one that does not fit, or where it needs whole ones a shard."""
+        for place, rule in enumerate(self.rules):
+            if not rule.picky:
+                continue
+            for index, (plan, leaf) in enumerate(zip(plans, leaves.leaves, strict=True)):
+                for inner in plan.rules[place].walk() if leaf.update is not None else ():
+                    if inner.fits and (problem := inner.fits(*trees.aval(leaf.update))):
+                        name = trees.name_leaf("updates", leaves.structure, index)
+                        raise ValueError(f"{inner.name}: {name} {problem}")
+                    if inner.whole:
+                        meshes.check_whole(leaf.update, rule.name, leaves.structure, index)
+
+    def _together(self, plans: Sequence[LeafPlan], leaves: Leaves, slots: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+        """The places of the leaves on which rules act: each alone, or several whose rules want to be `batched`."""
+        acting = [i for i, plan in enumerate(plans) if plan.acts and leaves.leaves[i].update is not None]
+        wanted = {inner.batched for rule in self.rules for inner in rule.walk()}
+        if wanted <= {False}:
+            return [[i] for i in acting]
+        groups: dict[Any, list[int]] = {}
+        for i in acting:
+            leaf, plan = leaves.leaves[i], plans[i]
+            own = {inner.batched for rule in plan.rules for inner in rule.walk()}
+            gains = None in own and jax.default_backend() != "cpu" and np.size(leaf.update) <= _LARGEST_BATCHED
+            key: Any = i
+            if (True in own or gains) and not any(isinstance(slot, EncodedMoment) for slot in slots[i]):
+                arrays = (leaf.update, *jax.tree.leaves(_arrays(leaf.param)), *slots[i])
+                form = leaf.param.form if isinstance(leaf.param, EncodedParam) else None
+                key = id(plan), leaf.arithmetic, leaf.final, form, tuple(map(type_of, arrays))
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
+
+    def _scalars(
+        self, plans: Sequence[LeafPlan], state: Any, values: Mapping[str, Any], leaves: Leaves, call: Call
+    ) -> tuple[dict[Any, Scalars], list[Mapping[str, Any]], dict[str, Any], Report]:
+        """The numbers of this step for each dtype of arithmetic and of each leaf, what is remembered, and the report."""
+        first = self.rules[0]
+        own: list[Mapping[str, Any]] = [{}] * len(plans)
+        dynamic = {name: value for name, value in values.items() if not isinstance(value, float)}
+        dtypes = {leaf.arithmetic for leaf in leaves.leaves if leaf.update is not None} or {np.dtype(np.float32)}
+        scalars = {
+            dtype: prepared(self.rules)(numerics.real_dtype(dtype), state.count, dynamic)
+            for dtype in sorted(dtypes, key=lambda dtype: -dtype.itemsize)
+        }
+        if first.measure is None:
+            return scalars, own, {}, {}
+        memory = {name: getattr(state, field) for (name, _), field in zip(first.memory, self.memory, strict=True)}
+        acts = [plan.rules[0] is not NOTHING for plan in plans]
+        numbers, stacked = measure_leaves(leaves, first.measure, acts, call, first.name, first.axis_name)
+        if first.measure.joint is None:
+            remaining = iter(numbers)
+            counted = (act and leaf.update is not None for act, leaf in zip(acts, leaves.leaves, strict=True))
+            own = [next(remaining) if counts else {} for counts in counted]
+        if not stacked:
+            nothing = {name: jnp.zeros((), np.float32) for name in first.reports}
+            return scalars, own, dict(zip(self.memory, memory.values(), strict=True)), nothing
+        results = {
+            dtype: gathered(first)(numerics.real_dtype(dtype), each, stacked, memory) for dtype, each in scalars.items()
+        }
+        _, new, report = next(iter(results.values()))
+        kept = [
+            new[name] if call.accepted is None else jnp.where(call.accepted, new[name], memory[name]) for name in memory
+        ]
+        return {d: each for d, (each, _, _) in results.items()}, own, dict(zip(self.memory, kept, strict=True)), report
+
+
+_LARGEST_BATCHED = 1 << 20
+"""Elements of a leaf beyond which one matrix keeps a device busy."""
+
+
+def _initial_slots(rules: tuple[Rule, ...], leaf: Any) -> list[Any]:
+    """The state of one leaf, each array its own: a step may be given none twice, nor the parameter, if it donates."""
+    slots, known = jax.tree.leaves(one_array.init(rules, widened(leaf))), {id(leaf)}
+    for place, slot in enumerate(slots):
+        slots[place] = jnp.array(slot) if id(slot) in known else meshes.beside(leaf, slot)
+        known.add(id(slot))
+    return slots
+
+
+def _ending(plan: LeafPlan, leaf: Leaf, call: Call, rounds: bool) -> Ending:
+    form = leaf.param.form if isinstance(leaf.param, EncodedParam) else None
+    if plan.ends and (call.wants == "params" or form is not None):
+        return Ending("param", leaf.final, form)
+    return Ending("update" if plan.ends or rounds else "wide", leaf.final, form)
+
+
+def _arrays(param: Any) -> Any:
+    """What a compiled call is given of a parameter."""
+    return param.arrays() if isinstance(param, EncodedParam) else param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,208 +211,25 @@ class TreePass:
         """Whether it must get the parameters' dtypes; our own bodies round no earlier than they return."""
         return isinstance(self.stage.body, Foreign)
 
+    def initial(self, plan: TreePlan, params: Any, leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
+        """The pass's part of the state."""
+        return {self.field: self.stage.body.init(masked(plan.sees, params, leaves, structure))}
 
-def initial_fields(segment: RulePass, selection: Selection, leaves: list[Any], structure: Any) -> dict[str, Any]:
-    """The segment's part of the state."""
-    rules = selection.rules_by_leaf(segment.rules)
-    slots = [_initial_slots(some, leaf) for some, leaf in zip(rules, leaves, strict=True)]
-    fields = _fields(segment, _owned_by_leaf(segment, rules), slots, structure)
-    initial = (jnp.asarray(value, visible_dtype()) for _, value in segment.rules[0].memory)
-    return fields | dict(zip(segment.memory, initial, strict=True))
-
-
-def _initial_slots(rules: tuple[Rule, ...], leaf: Any) -> list[Any]:
-    """The state of one leaf, each array its own: a step may be given none twice, nor the parameter, if it donates."""
-    slots, known = jax.tree.leaves(one_array.init(rules, widened(leaf))), {id(leaf)}
-    for place, slot in enumerate(slots):
-        slots[place] = jnp.array(slot) if id(slot) in known else slot
-        known.add(id(slot))
-    return slots
-
-
-def run_foreign(
-    segment: TreePass, state: Any, leaves: Leaves, selection: Selection, call: Call, taken: Any
-) -> tuple[Leaves, Any, Report]:
-    """One stage that is no rule: it sees whole trees, with holes where it does not act."""
-    body, acts = segment.stage.body, selection.seen_by(segment.stage)
-    given = leaves.rounded() if segment.rounds else leaves.structure.unflatten(leaves.updates)
-    updates = masked(acts, given, leaves.structure.flatten_up_to(given), leaves.structure)
-    params = leaves.whole_params
-    if params is not None:
-        params = masked(acts, params, leaves.params, leaves.structure)
-    new, new_state, report = body.guarded(updates, getattr(state, segment.field), params, call, taken)
-    who, remedy = f"{segment.stage!r}: new updates", "every stage must keep the structure"
-    new_leaves, structure = trees.flatten(who, new)
-    trees.check_same_structure(who, structure, "updates", jax.tree.structure(updates), remedy)
-    remaining = iter(new_leaves)
-    merged = [
-        next(remaining) if act else _untouched("wide", None, old, None, taken)
-        for act, old in zip(acts, leaves.updates, strict=True)
-    ]
-    final = list(leaves.final)
-    for index, (act, one) in enumerate(zip(acts, merged, strict=True)):
-        trees.check_update(
-            who, one, leaves.updates[index], leaves.structure, index, "updates", "real updates must stay real"
-        )
-        if act and body.lands:
-            final[index] = trees.dtype_of(one)
-    return dataclasses.replace(leaves, updates=merged, final=final), new_state, report
-
-
-def run_rules(
-    segment: RulePass,
-    state: Any,
-    leaves: Leaves,
-    selection: Selection,
-    values: Mapping[str, Any],
-    call: Call,
-    how: How,
-    taken: Any,
-) -> tuple[Leaves, dict[str, Any], Report]:
-    """One pass over the leaves: every rule of the segment, one compiled call per leaf; see `on_leaf`."""
-    rules = selection.rules_by_leaf(segment.rules)
-    owned = _owned_by_leaf(segment, rules)
-    slots = _slots_by_leaf(segment, rules, owned, state, leaves)
-    _check_leaves(segment, rules, leaves)
-    scalars, own, memory, report = _scalars(segment, rules, state, values, leaves, call)
-    acts = {id(some): _acts(some) for some in rules}
-    results: list[Any] = [None] * len(rules)
-    for places in _together(rules, leaves, slots):
-        place = places[0]
-        some, dtype, update, param = rules[place], leaves.arithmetic[place], leaves.updates[place], leaves.params[place]
-        kind = how, dtype if how == "wide" else leaves.final[place], dtype, scalars[dtype]
-        if not acts[id(some)]:
-            results[place] = _untouched(how, dtype, update, param, taken), ()
-        elif len(places) > 1:
-            columns = [[column[i] for i in places] for column in (own, leaves.updates, slots, leaves.params)]
-            for i, *result in zip(places, *on_batch(some)(*kind, *columns, taken), strict=True):
-                results[i] = result
-        else:
-            run = next((slot.on_leaf for slot in slots[place] if isinstance(slot, Encoded)), on_leaf)
-            results[place] = run(some)(*kind, own[place], update, slots[place], param, taken)
-    fields = _fields(segment, owned, [new for _, new in results], leaves.structure)
-    return dataclasses.replace(leaves, updates=[update for update, _ in results]), fields | memory, report
-
-
-def _check_leaves(segment: RulePass, rules: list[tuple[Rule, ...]], leaves: Leaves) -> None:
-    """Raise if a rule gets a leaf that it can't take: one that does not fit, or where it needs whole ones a shard."""
-    for place, rule in enumerate(segment.rules):
-        if not any(inner.whole or inner.fits for inner in rule.walk()):
-            continue
-        for index, (some, update) in enumerate(zip(rules, leaves.updates, strict=True)):
-            for inner in some[place].walk():
-                if inner.fits and (problem := inner.fits(*trees.aval(update))):
-                    name = trees.name_leaf("updates", leaves.structure, index)
-                    raise ValueError(f"{inner.name}: {name} {problem}")
-                if inner.whole:
-                    meshes.check_whole(update, rule.name, leaves.structure, index)
-
-
-def _together(rules: list[tuple[Rule, ...]], leaves: Leaves, slots: list[tuple[Any, ...]]) -> list[list[int]]:
-    """The places of leaves, each alone but those whose rules want to be `batched`, or where the backend gains by it."""
-    wanted = {id(some): {rule.batched for outer in some for rule in outer.walk()} for some in rules}
-    if all(some <= {False} for some in wanted.values()):
-        return [[place] for place in range(len(rules))]
-    groups: dict[Any, list[int]] = {}
-    for place, (some, update, slot) in enumerate(zip(rules, leaves.updates, slots, strict=True)):
-        gains = None in wanted[id(some)] and jax.default_backend() != "cpu" and np.size(update) <= _LARGEST_BATCHED
-        kind: Any = place
-        if (True in wanted[id(some)] or gains) and not any(isinstance(one, Encoded) for one in slot):
-            avals = tuple(None if one is None else kind_of(one) for one in (update, leaves.params[place], *slot))
-            kind = id(some), leaves.arithmetic[place], leaves.final[place], avals
-        groups.setdefault(kind, []).append(place)
-    return list(groups.values())
-
-
-_LARGEST_BATCHED = 1 << 20
-"""Elements of a leaf beyond which one matrix keeps a device busy."""
-
-
-def _untouched(how: How, dtype: Any, update: Any, param: Any, taken: Any) -> Any:
-    """What becomes of a leaf on which no rule acts."""
-    if how == "land":
-        return landed(dtype, param, update, taken)
-    return update if taken is None else jnp.where(taken, update, numerics.no_update(jnp.asarray(update)))
-
-
-def _acts(rules: tuple[Rule, ...]) -> bool:
-    """Whether any of the rules does anything."""
-    return any(rule is not NOTHING for rule in rules)
-
-
-def _owned_by_leaf(segment: RulePass, rules: list[tuple[Rule, ...]]) -> list[dict[int, int]]:
-    """Which of the segment's fields each leaf has: the place among them to the place among its own arrays."""
-    variants = {id(some): owned_slots(segment.rules, some) for some in {id(some): some for some in rules}.values()}
-    return [variants[id(some)] for some in rules]
-
-
-def _fields(segment: RulePass, owned: list[dict[int, int]], slots: list[Any], structure: Any) -> dict[str, Any]:
-    """From each leaf's arrays to one tree per field."""
-    return {
-        field: structure.unflatten([a[o[place]] if place in o else HOLE for a, o in zip(slots, owned, strict=True)])
-        for place, field in enumerate(segment.fields)
-    }
-
-
-def _slots_by_leaf(
-    segment: RulePass, rules: list[tuple[Rule, ...]], owned: list[dict[int, int]], state: Any, leaves: Leaves
-) -> list[tuple[Any, ...]]:
-    """The state of each leaf, after checking that it is this transformation's for these parameters."""
-    if not segment.fields:
-        return [()] * len(leaves.updates)
-    columns = [column(f"state.{field}", getattr(state, field), leaves.structure) for field in segment.fields]
-    by_leaf: list[tuple[Any, ...]] = []
-    expected: dict[Any, list[trees.Aval]] = {}
-    for index, (some, own, *slots) in enumerate(zip(rules, owned, *columns, strict=True)):
-        shape, dtype = trees.aval(leaves.updates[index])[0], leaves.final[index]
-        kind = (id(some), shape, dtype)
-        if kind not in expected:
-            expected[kind] = slot_avals(some, shape, dtype)
-        for place, slot in enumerate(slots):
-            field = f"state.{segment.fields[place]}"
-            if isinstance(slot, Encoded):
-                continue  # `quantize_state` has checked it
-            if place in own:
-                known = leaves.whole_params is not None
-                trees.check_slot(field, slot, expected[kind][own[place]], leaves.structure, index, check_dtype=known)
-            elif not isinstance(slot, optax.MaskedNode):
-                name = trees.name_leaf(field, leaves.structure, index)
-                raise ValueError(f"{name} is {trees.describe(slot)}, but this leaf has no such state; {trees.ANEW}")
-        by_leaf.append(tuple(slots[place] for place in own))
-    return by_leaf
-
-
-def _scalars(
-    segment: RulePass,
-    rules: list[tuple[Rule, ...]],
-    state: Any,
-    values: Mapping[str, Any],
-    leaves: Leaves,
-    call: Call,
-) -> tuple[dict[Any, Scalars], list[Mapping[str, Any]], dict[str, Any], Report]:
-    """The numbers of this step for each dtype of arithmetic and of each leaf, what is remembered, and the report."""
-    first = segment.rules[0]
-    own: list[Mapping[str, Any]] = [{} for _ in rules]
-    dynamic = {name: value for name, value in values.items() if not isinstance(value, float)}
-    dtypes = sorted(set(leaves.arithmetic), key=lambda dtype: -dtype.itemsize)
-    scalars = {
-        dtype: prepared(segment.rules)(numerics.real_dtype(dtype), state.count, dynamic)
-        for dtype in dtypes or [np.dtype(np.float32)]
-    }
-    if first.measure is None:
-        return scalars, own, {}, {}
-    memory = {name: getattr(state, field) for (name, _), field in zip(first.memory, segment.memory, strict=True)}
-    acts = [some[0] is not NOTHING for some in rules]
-    numbers, stacked = leaves.measured(first.measure, acts, call, first.name, first.axis_name)
-    if first.measure.joint is None:
-        remaining = iter(numbers)
-        own = [next(remaining) if act else {} for act in acts]
-    if not stacked:
-        nothing = {name: jnp.zeros((), np.float32) for name in first.reports}
-        return scalars, own, dict(zip(segment.memory, memory.values(), strict=True)), nothing
-    results = {
-        dtype: gathered(first)(numerics.real_dtype(dtype), some, stacked, memory) for dtype, some in scalars.items()
-    }
-    _, new, report = next(iter(results.values()))
-    kept = (new[name] for name, _ in first.memory)
-    return {d: some for d, (some, _, _) in results.items()}, own, dict(zip(segment.memory, kept, strict=True)), report
+    def run(self, state: Any, leaves: Leaves, plan: TreePlan, call: Call) -> tuple[Leaves, dict[str, Any], Report]:
+        """The stage on the trees of the leaves that it sees, with holes in place of the others."""
+        lands = all(end for act, end in zip(plan.acts, plan.ends, strict=True) if act)
+        asked = call if lands else call.but(wants="updates")
+        given = [leaf.update for leaf in leaves.leaves]
+        updates = masked(plan.sees, leaves.structure.unflatten(given), given, leaves.structure)
+        params = None
+        if leaves.has_params:
+            each = [leaf.param if lands else decoded(leaf.param) for leaf in leaves.leaves]
+            params = masked(plan.sees, leaves.structure.unflatten(each), each, leaves.structure)
+        new, new_state, report = self.stage.body.step(updates, getattr(state, self.field), params, asked)
+        results = leaves.structure.flatten_up_to(new)
+        for i, leaf in enumerate(leaves.leaves):
+            if leaf.update is None or not plan.acts[i]:
+                results[i] = leaf.update
+            elif not lands and plan.ends[i] and (call.wants == "params" or isinstance(leaf.param, EncodedParam)):
+                results[i] = leaf._replace(update=results[i]).moved(call.accepted)
+        return leaves.updated(results), {self.field: new_state}, report

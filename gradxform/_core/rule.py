@@ -14,6 +14,7 @@ together with whatever its own `prepare` and `gather` computed for this step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import types
@@ -28,8 +29,6 @@ from gradxform._core.masks import Mask
 from gradxform._core.trees import is_complex, trainable
 
 Array: TypeAlias = jax.Array
-Report: TypeAlias = dict[str, Array]
-"""What a step tells besides its result: scalars by name, such as ``clipped``."""
 Slots: TypeAlias = dict[str, Any]
 """The state of one rule for one array, by name: ``{"mu": m}``; a branch's state stands under the branch's name."""
 
@@ -105,8 +104,9 @@ class Measure:
     """Scalars of one array, by name."""
     across: Callable[[Mapping[str, Array], tuple[str, ...]], Mapping[str, Array]] | None = None
     """From a mesh's shards, the numbers stacked over leaves and the axes they are sharded over, to the whole."""
-    joint: Callable[[Sequence[Sequence[Array]]], Mapping[str, Array]] | None = None
-    """Of groups of arrays of one shape and dtype, the numbers of each group, stacked: then `gather` sees groups in
+    joint: Callable[[Sequence[Sequence[Array]], Any], Mapping[str, Array]] | None = None
+    """``joint(groups, dtype)``: of groups of arrays of one shape, as they come, the numbers of each group in a dtype,
+    stacked: then `gather` sees groups in
     place of leaves, and no leaf its own numbers."""
 
 
@@ -131,10 +131,16 @@ class Rule:
     freezes: bool = False
     needs_params: bool = False
     at_most: str | None = None
+    rescales: str | None = None
     state_dtype: np.dtype[Any] | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
 
-    @property
+    @functools.cached_property
+    def picky(self) -> bool:
+        """Whether there are leaves that it, or a branch of it, can't take."""
+        return any(inner.whole or inner.fits is not None for inner in self.walk())
+
+    @functools.cached_property
     def branches(self) -> list[tuple[str, tuple[Rule, ...]]]:
         return [(name, value.rules) for name, value in self.arguments if isinstance(value, Branch)]
 

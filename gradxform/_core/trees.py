@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +29,44 @@ def concrete(value: Any) -> bool:
     return not isinstance(value, Tracer)
 
 
-def unless(taken: Any, old: Any, new: Any) -> Any:
-    """`new`, but `old` where `taken` is False; None takes it in any case."""
-    return new if taken is None else jax.tree.map(lambda one, other: jnp.where(taken, one, other), new, old)
+def unless(accepted: Any, old: Any, new: Any) -> Any:
+    """`new`, but `old` where a step is not `accepted`; None accepts it in any case."""
+    return new if accepted is None else jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
 
 
 def aval(leaf: Any) -> Aval:
     """Shape and dtype of a leaf as JAX will see it; dtype None if it is no array or number."""
-    if isinstance(leaf, Tracer):  # asked for a dozen times per leaf, and four times as fast as the next line
-        kind: Any = leaf.aval
-        return kind.shape, kind.dtype
-    if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype
+    known: Any = getattr(leaf, "aval", None)  # of arrays, tracers and what is kept encoded
+    if known is not None:
+        return known.shape, known.dtype
     if isinstance(leaf, float | complex | int) and not isinstance(leaf, bool):
         return (), np.dtype(jnp.result_type(leaf))
     if isinstance(leaf, np.ndarray | np.generic | jax.ShapeDtypeStruct):
         canonical: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
         return leaf.shape, canonical
     return (), None
+
+
+def rests(leaf: Any) -> bool:
+    """Whether a leaf of parameters is a function, as whole Equinox models have them: nothing that is trained."""
+    return callable(leaf) and aval(leaf)[1] is None
+
+
+def avals(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """`aval` of each leaf, None for None; what is no array has its type and value in place of a shape."""
+    return tuple(
+        [
+            (known.shape, known.dtype) if (known := getattr(leaf, "aval", None)) is not None else _aval_or_text(leaf)
+            for leaf in leaves
+        ]
+    )
+
+
+def _aval_or_text(leaf: Any) -> Any:
+    if leaf is None:
+        return None
+    shape, dtype = aval(leaf)
+    return (describe(leaf) if dtype is None else shape), dtype
 
 
 def dtype_of(leaf: Any) -> np.dtype[Any]:
@@ -73,13 +94,20 @@ def is_complex(dtype: np.dtype[Any] | None) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.complexfloating))
 
 
-def flatten(argument: str, tree: Any) -> tuple[list[Any], Any]:
-    """Leaves and structure of a tree whose leaves must be floating-point or complex arrays."""
-    leaves, structure = jax.tree.flatten(tree)
-    for index, leaf in enumerate(leaves):
-        if not trainable(aval(leaf)[1]):
-            _refuse_leaf(name_leaf(argument, structure, index), leaf)
-    return leaves, structure
+def check_trainable(argument: str, structure: Any, index: int, of: Any) -> None:
+    """Raise unless a leaf, of which `avals` said this, is a floating-point or complex array."""
+    text, dtype = of
+    if trainable(dtype):
+        return
+    if dtype is None:
+        remedy = "keep only arrays, e.g. eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)"
+    elif dtype == jax.dtypes.float0:
+        remedy = "this is the gradient of an integer input; differentiate the floating-point leaves only"
+    else:
+        remedy = f"freeze it, e.g. with chain(freeze({paths(structure)[index]!r}), …), or keep it out of params"
+    what = text if dtype is None else f"{dtype}{list(text)}"
+    name = name_leaf(argument, structure, index)
+    raise TypeError(f"{name} is {what}, and only floating-point or complex leaves are trained; {remedy}")
 
 
 def check_same_structure(argument: str, structure: Any, other: str, other_structure: Any, remedy: str) -> None:
@@ -99,10 +127,16 @@ def check_same_structure(argument: str, structure: Any, other: str, other_struct
 
 
 def check_update(
-    argument: str, update: Any, param: Any, structure: Any, index: int, other: str = "params", remedy: str = _REAL_PART
+    argument: str,
+    update: Aval,
+    param: Aval,
+    structure: Any,
+    index: int,
+    other: str = "params",
+    remedy: str = _REAL_PART,
 ) -> None:
     """Raise unless an update has its parameter's shape, and is real where the parameter is."""
-    (shape, dtype), (param_shape, param_dtype) = aval(update), aval(param)
+    (shape, dtype), (param_shape, param_dtype) = update, param
     if shape == param_shape and (dtype == param_dtype or not is_complex(dtype) or is_complex(param_dtype)):
         return
     name, param_name = name_leaf(argument, structure, index), name_leaf(other, structure, index)
@@ -162,14 +196,3 @@ def _names(structure: Any) -> list[str]:
 def _key_paths(structure: Any) -> list[Path]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
     return [path for path, _ in leaves]
-
-
-def _refuse_leaf(name: str, leaf: Any) -> NoReturn:
-    dtype = aval(leaf)[1]
-    if dtype is None:
-        remedy = "keep only arrays, e.g. eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)"
-    elif dtype == jax.dtypes.float0:
-        remedy = "this is the gradient of an integer input; differentiate the floating-point leaves only"
-    else:
-        remedy = "keep it out of params, e.g. with optax.masked, optax.partition or a filter of your framework"
-    raise TypeError(f"{name} is {describe(leaf)}, and only floating-point or complex leaves are trained; {remedy}")

@@ -52,6 +52,21 @@ def cast(x: Any, dtype: Any) -> Array:
     return jax.lax.convert_element_type(x, dtype)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def widened_apart(x: Array, dtype: Any) -> Array:
+    """`x` in a wider dtype, a bfloat16 by its bits: XLA would write out a conversion that a reduction makes as well."""
+    if x.dtype != jnp.bfloat16 or dtype != np.float32:
+        return cast(x, dtype)
+    bits = jax.lax.bitcast_convert_type(x, np.uint16).astype(np.uint32) << np.uint32(16)
+    return jax.lax.bitcast_convert_type(bits, np.float32)
+
+
+@widened_apart.defjvp
+def _(dtype: Any, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    [x], [way] = primals, tangents
+    return widened_apart(x, dtype), cast(way, dtype)
+
+
 def no_update(x: Array) -> Array:
     """−0, which leaves every number as it is when added, −0 included."""
     return jnp.full_like(x, complex(-0.0, -0.0) if jnp.iscomplexobj(x) else -0.0)

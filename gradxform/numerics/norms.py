@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform.numerics.arithmetic import Array, abs_squared, largest_part, parts, smallest_normal
+from gradxform.numerics.arithmetic import Array, abs_squared, cast, largest_part, parts, smallest_normal
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -32,27 +32,27 @@ def _(axes: tuple[int, ...] | None, primals: tuple[Array], tangents: tuple[Array
     return size, jnp.sum(_along(x, size, way), axes, keepdims=axes is not None)
 
 
-@jax.custom_jvp
-def joint_norms(groups: Sequence[Sequence[Array]]) -> Array:
-    """‖x‖₂ of each group of arrays of one shape, as if they were one array; see `norm`.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def joint_norms(groups: Sequence[Sequence[Array]], dtype: Any) -> Array:
+    """‖x‖₂ of each group of arrays of one shape, as if they were one array, in this dtype; see `norm`.
 
     In one pass over all that is not out of the ordinary. What is, is seen in the sums of squares: then they are taken
     again of numbers scaled up or down, so what is tiny beside the largest group may count as 0.
     """
     apart = [len(group) == 1 and group[0].size > SMALL for group in groups]
     large, small = ([i for i, one in enumerate(apart) if one is kind] for kind in (True, False))
-    norms = [_norms_one_by_one([groups[i][0] for i in large])] if large else []
-    norms += [_scaled_norms([_few(groups[i]) for i in small])] if small else []
+    norms = [_norms_one_by_one([groups[i][0] for i in large], dtype)] if large else []
+    norms += [_scaled_norms([_few(groups[i]) for i in small], dtype)] if small else []
     return jnp.concatenate(norms)[np.argsort(large + small)] if len(norms) > 1 else norms[0]
 
 
 @joint_norms.defjvp  # the loop over scales has no derivative in reverse
-def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
+def _(dtype: Any, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
     [groups], [ways] = primals, tangents
-    sizes = joint_norms(groups)
+    sizes = joint_norms(groups, dtype)
     pairs = [zip(group, way, strict=True) for group, way in zip(groups, ways, strict=True)]
     sums = [
-        functools.reduce(jax.lax.add, [jnp.sum(_along(x, size, way)) for x, way in some])
+        functools.reduce(jax.lax.add, [jnp.sum(_along(cast(x, dtype), size, cast(way, dtype))) for x, way in some])
         for size, some in zip(sizes, pairs, strict=True)
     ]
     return sizes, jnp.stack(sums)
@@ -74,23 +74,33 @@ _RUN = 32
 """How many others are added up in one kernel."""
 
 
-def _norms_one_by_one(arrays: Sequence[Array]) -> Array:
+def _norms_one_by_one(arrays: Sequence[Array], dtype: Any) -> Array:
     """The norm of each array, all of them taken again only if the largest is out of the ordinary."""
-    # no scale that they share: XLA would write it out in the shape of each
-    squares = jnp.stack([jnp.sum(abs_squared(x)) for x in arrays])
-    info, largest = jnp.finfo(squares.dtype), jnp.max(squares)
+
+    def squares(scale: float | None = None) -> Array:
+        # in each branch a number that all kernels know, and one reduction: what two of them read XLA would write out
+        return jnp.stack([jnp.sum(abs_squared(cast(x, dtype), scale)) for x in arrays])
+
+    def scaled(scale: float) -> Array:
+        sums = squares(scale)
+        return jnp.where(jnp.isfinite(sums), jnp.minimum(jnp.sqrt(sums) / scale, float(info.max)), sums)
+
+    plain = squares()
+    info, largest = jnp.finfo(plain.dtype), jnp.max(plain)
+    up, down = _up_and_down(info.dtype)
     usual = (largest > 2.0 ** (info.minexp // 2)) & (largest < float(info.max))
-    return jax.lax.cond(usual, lambda: jnp.sqrt(squares), lambda: jnp.stack([norm(x) for x in arrays]))
+    unusual = lambda: jax.lax.cond(largest < 1, lambda: scaled(up), lambda: scaled(down))  # noqa: E731 (a branch)
+    return jax.lax.cond(usual, lambda: jnp.sqrt(plain), unusual)
 
 
-def _scaled_norms(groups: Sequence[Sequence[Array]]) -> Array:
+def _scaled_norms(groups: Sequence[Sequence[Array]], dtype: Any) -> Array:
     """The norm of each group, with one power of two for all, by which everything is multiplied before it is squared."""
-    info = jnp.finfo(groups[0][0].dtype)
+    info = jnp.finfo(dtype)
     lowest, highest = 2.0 ** (info.minexp // 4), 2.0 ** (info.maxexp // 2 - 4)
 
     def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         number, scale, _ = carry
-        squares = jnp.stack([sum(_sum_of_squares(run, scale) for run in runs(group)) for group in groups])
+        squares = jnp.stack([sum(_sum_of_squares(run, scale, dtype) for run in runs(group)) for group in groups])
         sizes = jnp.sqrt(squares) / scale
         sizes = jnp.where(jnp.isfinite(squares), jnp.minimum(sizes, float(info.max)), sizes)
         other = jnp.where(jnp.max(sizes) < 1, *_up_and_down(info.dtype))
@@ -118,16 +128,16 @@ def _few(group: Sequence[Array]) -> Sequence[Array]:
     return [jnp.stack(group)] if len(group) > _RUN and group[0].size <= _TINY else group
 
 
-def _sum_of_squares(arrays: Sequence[Array], scale: Array) -> Array:
-    some = [_squares(arrays[i : i + 8], scale) for i in range(0, len(arrays), 8)]
+def _sum_of_squares(arrays: Sequence[Array], scale: Array, dtype: Any) -> Array:
+    some = [_squares(dtype, arrays[i : i + 8], scale) for i in range(0, len(arrays), 8)]
     return jnp.sum(functools.reduce(jax.lax.add, some))
 
 
-@jax.jit
-def _squares(arrays: Sequence[Array], scale: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _squares(dtype: Any, arrays: Sequence[Array], scale: Array) -> Array:
     """The squares of arrays of one shape, added up: traced once for all that are as many."""
     wide = jnp.broadcast_to(scale, arrays[0].shape)
-    return functools.reduce(jax.lax.add, [abs_squared(x, wide) for x in arrays])
+    return functools.reduce(jax.lax.add, [abs_squared(cast(x, dtype), wide) for x in arrays])
 
 
 def _scale_for(largest: Array) -> Array:

@@ -12,7 +12,7 @@ from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, Option, fraction, non_negative, positive
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
-from gradxform._core.norms import GLOBAL_NORM, LEAF_NORMS
+from gradxform._core.measures import GLOBAL_NORM, LEAF_NORMS
 from gradxform._core.rule import Array, Slots, Step, no_slots
 from gradxform.numerics.arithmetic import lerp, root
 from gradxform.numerics.norms import factor_to, norm
@@ -109,6 +109,7 @@ def clip_by_zscore(
         constructor=clip_by_zscore,
         measure=GLOBAL_NORM,
         gather=_gather_zscore,
+        rescales="factor",
         memory={"norm_mean": 0.0, "norm_variance": 0.0, "norm_count": 0.0},
         reports=("clipped",),
         axis_name=axis_name,

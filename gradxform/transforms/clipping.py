@@ -11,7 +11,7 @@ from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, positive
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
-from gradxform._core.norms import GLOBAL_NORM
+from gradxform._core.measures import GLOBAL_NORM
 from gradxform._core.rule import Array, Slots, Step, no_slots
 from gradxform.numerics.norms import factor_to, norm
 
@@ -92,6 +92,7 @@ def clip_by_global_norm(
         constructor=clip_by_global_norm,
         measure=GLOBAL_NORM,
         gather=_gather,
+        rescales="factor",
         reports=("clipped",),
         axis_name=axis_name,
         mask=mask,

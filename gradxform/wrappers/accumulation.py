@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gradxform._core import encoded
 from gradxform._core.arguments import axes, count_of, visible_dtype
-from gradxform._core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform._core.body import Transformation, Wrapper, body_of
+from gradxform._core.call import Call, Report
 from gradxform._core.hyperparameters import live
-from gradxform._core.leaves import Leaves, masked, trained, trained_leaves
+from gradxform._core.leaves import Leaf, Leaves, masked, no_update
 from gradxform._core.lift import lift
-from gradxform._core.meshes import divided_like
-from gradxform._core.norms import all_finite
+from gradxform._core.measures import all_finite
 from gradxform._core.rule import Array, Slots, Step
 from gradxform._core.state import check_state_type, inner_hyperparams
-from gradxform._core.trees import concrete
-from gradxform.numerics.arithmetic import cast, lerp, no_update
+from gradxform._core.trees import concrete, unless
+from gradxform.numerics.arithmetic import cast, lerp
 
 
 class AccumulateState(NamedTuple):
@@ -89,81 +90,85 @@ class Accumulate(Wrapper):
     every: int
     axis_name: tuple[str, ...] | None = None
 
+    like_params: ClassVar[tuple[str, ...]] = ("mean",)
+
     def init(self, params: Any) -> AccumulateState:
         pending, kept, dropped = (jnp.zeros((), jnp.int32) for _ in range(3))
-        mean = _MEAN.init(trained(self.tx, params)).mean
+        leaves, structure = jax.tree.flatten(params)
+        trained = [not rests for rests in self.tx.frozen(params)]
+        mean = _MEAN.init(masked(trained, params, leaves, structure)).mean
         return AccumulateState(pending, kept, dropped, mean, self.tx.init(params))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
-        leaves, seen, gradient = self._gathered(updates, state, params, call)
-        dtypes = leaves.arithmetic if self.lands else leaves.final
-
-        def due(_: Any, seen: AccumulateState) -> tuple[Any, Any, Report]:
-            stepped, inner, report = self.tx.step(gradient(seen), seen.inner, params, Call(call.extra_args))
-            given = [cast(one, dtype) for one, dtype in zip(jax.tree.leaves(stepped), dtypes, strict=True)]
-            return leaves.structure.unflatten(given), inner, report
-
-        like = leaves.updates if params is None else leaves.params
-        nothing = [
-            divided_like(one, no_update(jnp.zeros_like(one, dtype=dtype)))
-            for one, dtype in zip(like, dtypes, strict=True)
-        ]
-        return self._when_due(due, leaves.structure.unflatten(nothing), seen)
-
-    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if taken is not None:
-            return super().advance(updates, state, params, call, taken)
-        _, seen, gradient = self._gathered(updates, state, params, call)
-
-        def due(params: Any, seen: AccumulateState) -> tuple[Any, Any, Report]:
-            return self.tx.advance(gradient(seen), seen.inner, params, Call(call.extra_args))
-
-        return self._when_due(due, params, seen)
-
-    def _gathered(
-        self, updates: Any, state: Any, params: Any, call: Call
-    ) -> tuple[Leaves, AccumulateState, Callable[[AccumulateState], Any]]:
-        """The leaves, the state with this gradient in it, and the gradient for the inner transformation."""
         check_state_type("accumulate", state, AccumulateState)
         if params is None and self.needs_params:
             raise ValueError("accumulate goes around what needs the parameters: call update(updates, state, params)")
-        leaves = Leaves.of(updates, params)
-        acts = trained_leaves(self.tx, params, updates)
-        kept = all_finite(leaves, acts, call, self.name, self.axis_name or ()).astype(jnp.int32)
-        rounded, after = _MEAN.update(
-            masked(acts, updates, leaves.updates, leaves.structure),
-            _MEAN_STATE(count=state.kept, hyperparams={"finite": kept.astype(visible_dtype())}, mean=state.mean),
-            None if params is None else masked(acts, params, leaves.params, leaves.structure),
-        )
-        seen = state._replace(
-            pending=state.pending + 1, kept=state.kept + kept, dropped=state.dropped + (1 - kept), mean=after.mean
-        )
-
-        def gradient(seen: AccumulateState) -> Any:
-            means = leaves.structure.flatten_up_to(rounded if params is None else seen.mean)
-            given = [
-                jnp.where(seen.kept > 0, mean, cast(raw, mean.dtype)) if act else raw
-                for act, mean, raw in zip(acts, means, leaves.updates, strict=True)
-            ]
-            return leaves.structure.unflatten(given)
-
-        return leaves, seen, gradient
-
-    def _when_due(
-        self, step: Callable[[Any, AccumulateState], tuple[Any, Any, Report]], otherwise: Any, seen: AccumulateState
-    ) -> tuple[Any, AccumulateState, Report]:
-        """What `step` gives if this is the last gradient of the mean, else what there was."""
-
-        def stepped(before: Any, seen: AccumulateState) -> tuple[Any, AccumulateState, Report]:
-            result, inner, report = step(before, seen)
-            zero = jnp.zeros_like(seen.pending)
-            return result, seen._replace(pending=zero, kept=zero, inner=inner), report
-
-        waited = otherwise, seen, {name: jnp.zeros((), jnp.float32) for name in self.reports}
-        due = seen.pending == self.every
+        frozen = self.tx.frozen(updates if params is None else params)
+        leaves = Leaves.of(updates, params, frozen)
+        gradient, seen = self._seen(leaves, frozen, updates, state, params, call)
+        due = call.also(seen.pending >= self.every)
         if concrete(due):
-            return stepped(otherwise, seen) if due else waited
-        return jax.lax.cond(due, lambda: stepped(otherwise, seen), lambda: waited)
+            return self._stepped(leaves, gradient, seen, params, call) if due else self._waiting(leaves, seen, call)
+        return encoded.cond(
+            due,
+            lambda: self._stepped(leaves, gradient, seen, params, call.within_branch()),
+            lambda: self._waiting(leaves, seen, call),
+        )
+
+    def _seen(
+        self, leaves: Leaves, frozen: list[bool], updates: Any, state: AccumulateState, params: Any, call: Call
+    ) -> tuple[Any, AccumulateState]:
+        """The mean with this gradient in it, as the inner transformation gets it, and the state with it."""
+        acts = [not rests for rests in frozen]
+        finite = all_finite(leaves, acts, call, self.name, self.axis_name or ()).astype(jnp.int32)
+        given = [leaf.update for leaf in leaves.leaves]
+        rounded, after, _ = _MEAN.body.step(
+            masked(acts, leaves.structure.unflatten(given), given, leaves.structure),
+            _MEAN_STATE(count=state.kept, hyperparams={"finite": finite.astype(visible_dtype())}, mean=state.mean),
+            None if params is None else masked(acts, params, [leaf.param for leaf in leaves.leaves], leaves.structure),
+            Call({}, call.accepted),
+        )
+        counted = {
+            "pending": state.pending + 1,
+            "kept": state.kept + finite,
+            "dropped": state.dropped + (1 - finite),
+        }
+        counted = unless(call.accepted, {name: getattr(state, name) for name in counted}, counted)
+        means = leaves.structure.flatten_up_to(rounded if params is None else after.mean)
+        pairs = zip(means, leaves.leaves, strict=True)
+        gradient = leaves.structure.unflatten([None if leaf.update is None else mean for mean, leaf in pairs])
+        return gradient, state._replace(**counted, mean=after.mean)
+
+    def _stepped(
+        self, leaves: Leaves, gradient: Any, seen: AccumulateState, params: Any, call: Call
+    ) -> tuple[Any, AccumulateState, Report]:
+        """The step of the inner transformation."""
+        result, inner, report = self.tx.step(gradient, seen.inner, params, call)
+        results = [
+            cast(each, self._dtype(leaf)) if self._adds(leaf, call) else each
+            for leaf, each in zip(leaves.leaves, leaves.structure.flatten_up_to(result), strict=True)
+        ]
+        zero = jnp.zeros_like(seen.pending)
+        return leaves.result(call.wants, results), seen._replace(pending=zero, kept=zero, inner=inner), report
+
+    def _waiting(self, leaves: Leaves, seen: AccumulateState, call: Call) -> tuple[Any, AccumulateState, Report]:
+        """What a call gives at which no step is due."""
+        results = [
+            no_update(leaf.update if leaf.param is None else leaf.param, self._dtype(leaf))
+            if self._adds(leaf, call)
+            else leaf.param
+            for leaf in leaves.leaves
+        ]
+        return leaves.result(call.wants, results), seen, {name: jnp.zeros((), jnp.float32) for name in self.reports}
+
+    def _adds(self, leaf: Leaf, call: Call) -> bool:
+        """Whether an update is wanted of a leaf, not the parameter after it."""
+        kept = call.wants == "params" or isinstance(leaf.param, encoded.EncodedParam)
+        return leaf.update is not None and not kept
+
+    def _dtype(self, leaf: Leaf) -> Any:
+        """The dtype of the inner transformation's updates."""
+        return leaf.arithmetic if self.lands else leaf.final
 
 
 def _zeros(param: Array) -> Slots:
@@ -173,7 +178,8 @@ def _zeros(param: Array) -> Slots:
 def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     first = step.number == 1  # what the mean was before does not matter then, so nobody needs to reset it
     mean = jnp.where(first, update, lerp(state["mean"], update, 1 / step.number))
-    mean = jnp.where(step.finite > 0, mean, state["mean"])
+    # while no gradient was finite, the last one stands for the mean, so that the failure shows
+    mean = step.keep("mean", jnp.where((step.finite > 0) | first, mean, state["mean"]))
     return mean, {"mean": mean}
 
 

@@ -15,11 +15,14 @@ import optax
 
 from gradxform._core import trees
 from gradxform._core.arguments import axes, one_of, visible_dtype
-from gradxform._core.body import Call, Report, Transformation, Wrapper, body_of
-from gradxform._core.leaves import Leaves, trained_leaves
+from gradxform._core.body import Transformation, Wrapper, body_of
+from gradxform._core.call import Call, Report
+from gradxform._core.encoded import EncodedParam, decoded
+from gradxform._core.leaves import Leaves
 from gradxform._core.masks import Table, table_of
-from gradxform._core.norms import bad_leaves, global_norm, leaf_norms, total
+from gradxform._core.measures import bad_leaves, global_norm, leaf_norms, total
 from gradxform._core.state import check_state_type, inner_hyperparams
+from gradxform._core.trees import unless
 
 
 class ObserveState(NamedTuple):
@@ -111,49 +114,54 @@ class Observe(Wrapper):
     axis_name: tuple[str, ...] | None = None
 
     def init(self, params: Any) -> ObserveState:
-        _, structure = trees.flatten("params", params)
-        acts = trained_leaves(self.tx, params, params)
-        names = self._names(self._parts(params, structure, acts))
+        acts = [not rests for rests in self.tx.frozen(params)]
+        names = self._names(self._parts(params, jax.tree.structure(params), acts))
         nothing = {name: jnp.zeros((), visible_dtype()) for name in sorted([*names, *self.reports])}
         return ObserveState(nothing, self.tx.init(params))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
-        return self._run(self.tx.step, updates, state, params, call)
-
-    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if taken is not None or self.of == "all":
-            return super().advance(updates, state, params, call, taken)
-        return self._run(self.tx.advance, updates, state, params, call)
-
-    def _run(
-        self, inner_step: Callable[..., Any], updates: Any, state: Any, params: Any, call: Call
-    ) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, ObserveState)
         if params is None:
             raise ValueError("observe needs the parameters: call update(updates, state, params)")
-        leaves = Leaves.of(updates, params)
-        acts = trained_leaves(self.tx, params, updates)
-
+        frozen = self.tx.frozen(params)
+        leaves, acts = Leaves.of(updates, params, frozen), [not rests for rests in frozen]
         whole = self.by is None and self.axis_name is None
 
-        def norms(tree: Any) -> jax.Array:
-            some = Leaves.of(tree, params)
+        def norms(of: Leaves) -> jax.Array:
             if whole:
-                return global_norm(some, acts, call, self.name, None)[None]
-            return leaf_norms(some, acts, call, self.name, self.axis_name)
+                return global_norm(of, acts, call, self.name, None)[None]
+            return leaf_norms(of, acts, call, self.name, self.axis_name)
 
-        gradient = norms(updates)
-        nonfinite = bad_leaves(leaves, acts, gradient[0])[None] if whole else ~jnp.isfinite(gradient)
-        stepped, inner, report = inner_step(updates, state.inner, params, call)
+        gradient = norms(leaves)
+        nonfinite = bad_leaves(leaves, acts, gradient[0], call)[None] if whole else ~jnp.isfinite(gradient)
+        others: tuple[jax.Array, ...] = ()
+        if self.of == "gradient":
+            result, inner, report = self.tx.step(updates, state.inner, params, call)
+        else:
+            values = leaves.structure.unflatten([decoded(leaf.param) for leaf in leaves.leaves])
+            stepped, inner, report = self.tx.step(updates, state.inner, values, call.but(wants="updates"))
+            moves = leaves.updated(leaves.structure.flatten_up_to(stepped))
+            weights = leaves.updated(jax.tree.leaves(values))
+            others, result = (norms(moves), norms(weights)), self._landed(stepped, leaves, moves, call)
         parts = self._parts(params, leaves.structure, acts)
         chosen = [[True]] if whole else parts.values()
-        places = tuple(tuple(np.flatnonzero(some).tolist()) for some in chosen)
-        others = (norms(stepped), norms(params)) if self.of == "all" else ()
+        places = tuple(tuple(np.flatnonzero(part).tolist()) for part in chosen)
         values = _metrics(places, visible_dtype(), gradient, nonfinite, *others)
-        names = self._names(parts)
         told = {name: jnp.asarray(value, visible_dtype()) for name, value in report.items()}
-        metrics = dict(sorted((dict(zip(names, values, strict=True)) | told).items()))
-        return stepped, ObserveState(metrics, inner), report
+        metrics = dict(sorted((dict(zip(self._names(parts), values, strict=True)) | told).items()))
+        return result, ObserveState(unless(call.accepted, state.metrics, metrics), inner), report
+
+    def _landed(self, stepped: Any, leaves: Leaves, moves: Leaves, call: Call) -> Any:
+        """What is wanted, of updates."""
+        if call.wants == "updates" and not any(isinstance(leaf.param, EncodedParam) for leaf in leaves.leaves):
+            return stepped
+        results = [
+            moved.moved(call.accepted)
+            if leaf.update is not None and (call.wants == "params" or isinstance(leaf.param, EncodedParam))
+            else moved.update
+            for leaf, moved in zip(leaves.leaves, moves.leaves, strict=True)
+        ]
+        return leaves.result(call.wants, results)
 
     def _names(self, parts: Iterable[str]) -> list[str]:
         """What is measured of all parts, in the order of `_metrics`."""

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 
 from gradxform._core.arguments import axes, count_of, number_in, positive_range
-from gradxform._core.body import Call, Report, Transformation, Wrapper, body_of
+from gradxform._core.body import Transformation, Wrapper, body_of
+from gradxform._core.call import Call, Report
 from gradxform._core.compiled import increment
-from gradxform._core.leaves import Leaves, trained_leaves
-from gradxform._core.norms import all_finite, global_norm
+from gradxform._core.leaves import Leaves
+from gradxform._core.measures import all_finite, global_norm
 from gradxform._core.state import check_state_type, inner_hyperparams
-from gradxform._core.trees import ANEW, aval, describe
+from gradxform._core.trees import ANEW, aval, describe, unless
 from gradxform.numerics.arithmetic import cast
 
 _LOG = logging.getLogger("gradxform")
@@ -164,29 +165,19 @@ class _Skip(Wrapper):
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, SkipState)
-        taken, after = self._decided(updates, state, params, call)
-        new_updates, inner, report = self.tx.guarded(updates, state.inner, params, call, taken)
-        return new_updates, after._replace(inner=inner), report
-
-    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if taken is not None:
-            return super().advance(updates, state, params, call, taken)
-        check_state_type(self.name, state, SkipState)
-        taken, after = self._decided(updates, state, params, call)
-        new_params, inner, report = self.tx.advance(updates, state.inner, params, call, taken)
-        return new_params, after._replace(inner=inner), report
-
-    def _decided(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[jax.Array, SkipState]:
-        """Whether the step is taken, and the state with all but the inner one renewed."""
-        leaves = Leaves.of(updates, params)
-        good, recorded = self.judged(state, leaves, trained_leaves(self.tx, params, updates), call)
+        frozen = self.tx.frozen(updates if params is None else params)
+        leaves = Leaves.of(updates, params, frozen)
+        good, after = self.judged(state, leaves, [not rests for rests in frozen], call)
         gives_up = ~good & (state.skipped_in_a_row >= self.max_consecutive)
         taken = good | gives_up
-        _report(gives_up, state.skipped_in_a_row, name=self.name)
-        return taken, recorded._replace(
+        _report(call.also(gives_up), state.skipped_in_a_row, name=self.name)
+        result, inner, report = self.tx.step(updates, state.inner, params, call.but(accepted=call.also(taken)))
+        after = after._replace(
             skipped=jnp.where(taken, state.skipped, increment(state.skipped)),
             skipped_in_a_row=jnp.where(good, 0, increment(state.skipped_in_a_row)),
+            inner=None,
         )
+        return result, unless(call.accepted, state._replace(inner=None), after)._replace(inner=inner), report
 
 
 class SkipNonfinite(_Skip):

@@ -62,10 +62,9 @@ def step(tx: Any, updates: Any = PARAMS, params: Any = PARAMS) -> Any:
 @table(
     missing=(lambda: TX.update({"w": PARAMS["w"]}, STATE, PARAMS), ValueError, "updates['b'] is missing & params['b']"),
     extra=(lambda: TX.update({**PARAMS, "c": 1.0}, STATE, PARAMS), ValueError, "updates['c'] & params"),
-    none_in_updates=(lambda: TX.update(with_b(None), STATE, PARAMS), ValueError, "updates['b'] is missing"),
     none_in_params=(lambda: TX.update(PARAMS, STATE, with_b(None)), ValueError, "updates['b'] & params"),
     list_for_tuple=(lambda: gx.sgd(0.1).update([1.0], gx.sgd(0.1).init((1.0,)), (1.0,)), ValueError, "structure"),
-    no_updates=(lambda: TX.update(None, STATE, PARAMS), ValueError, "updates['b'] is missing"),
+    no_updates=(lambda: TX.update(None, STATE, PARAMS), ValueError, "updates has no leaf & gradients of these params"),
     column=(lambda: TX.update(with_b(jnp.ones((3, 1))), STATE, PARAMS), ValueError, "updates['b'] & (3, 1) & (3,)"),
     scalar=(lambda: TX.update(with_b(1.0), STATE, PARAMS), ValueError, "updates['b'] & () & params['b'] & (3,)"),
     complex=(

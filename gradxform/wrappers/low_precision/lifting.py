@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform._core import trees
-from gradxform._core.body import Call, Foreign, Report, Wrapper
-from gradxform._core.leaves import HOLE, Leaves, column, trained_leaves, widened
+from gradxform._core import meshes, trees
+from gradxform._core.body import Wrapper
+from gradxform._core.call import Call, Report
+from gradxform._core.encoded import EncodedParam, Form
+from gradxform._core.leaves import HOLE, Leaves, column, widened
 from gradxform._core.state import check_state_type, inner_hyperparams
+from gradxform._core.trees import unless
+from gradxform._core.xla import written
 from gradxform.numerics.arithmetic import Array, cast
 from gradxform.numerics.rounding import next_seed, random_bits, seed_for
 
@@ -33,19 +36,19 @@ class LowPrecisionState(NamedTuple):
     hyperparams = inner_hyperparams
 
 
-class LowPrecision(Wrapper):
-    """Train float32 values; give the parameters low-precision numbers."""
+@dataclasses.dataclass(frozen=True)
+class ParameterForm(Form):
+    """Mathematics on one array: a float32 value as a number of a narrower dtype, and its residual."""
 
     @property
-    def lands(self) -> bool:
-        return True
+    def name(self) -> str:
+        """What users call the wrapper."""
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
 
-    @property
-    def first_seed(self) -> int:
-        """Of the first step's random bits."""
-        return 0
-
-    # The mathematics, on one array
+    twice: ClassVar[bool] = False
+    """Whether the parameter is made of the old residual, and the residual of the old parameter (X2)."""
+    keeps_value: ClassVar[bool] = False
+    """Whether the residual is the value itself."""
 
     @property
     @abc.abstractmethod
@@ -64,72 +67,129 @@ class LowPrecision(Wrapper):
     def split(self, value: Array, dtype: Any, bits: Array) -> tuple[Array, Any]:
         """The number of `dtype` chosen for `value`, but widened, and its residual."""
 
-    def unmoved(self, residual: Any, new: Any) -> Any:
-        """The residual where the value did not change."""
-        return new
+    def read(self, arrays: Kept) -> Array:
+        return self.whole(cast(arrays.param, jnp.float32), arrays.residual, arrays.param.dtype)
 
-    # The same for trees
+    def write(self, value: Array, update: Array, arrays: Kept, accepted: Any) -> Kept:
+        new = value + update
+        stays: Any = False if accepted is None else ~accepted
+        if self.keeps_value:  # the parameter is made of what is kept, for else both are made of both (X2)
+            new = jnp.where(stays, arrays.residual, new)
+        if self.twice:
+            new = written(jnp.where(stays | (new == value), _STAYS, new))
+            stays = jax.lax.bitcast_convert_type(new, np.uint32) == _STAYS.view(np.uint32)
+        dtype, bits = arrays.param.dtype, random_bits(seed_for(arrays.seed, arrays.place), new.shape)
+        target, residual = self.split(new, dtype, bits)
+        # where nothing changes the parameter stays, also a −0
+        param = jnp.where(stays | (target == cast(arrays.param, jnp.float32)), arrays.param, cast(target, dtype))
+        if self.twice:  # to encode again what was decoded would let a resting value drift
+            residual = jnp.where(stays, arrays.residual, residual)
+        return arrays._replace(param=param, residual=residual)
+
+
+_STAYS = np.uint32(0x7FDEFACE).view(np.float32)
+"""A NaN that no arithmetic gives, in place of a value that does not change."""
+
+
+class Kept(NamedTuple):
+    """What a value is kept as, and what its random bits are made of."""
+
+    param: Any
+    residual: Any
+    """None if there is none."""
+    seed: Any
+    place: Any
+    """Of the leaf among all."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LowPrecision(Wrapper):
+    """Train float32 values; give the parameters low-precision numbers."""
+
+    form: ParameterForm
+    key: int | None = None
+    """The seed of the first step's random bits, where users choose it."""
+
+    like_params: ClassVar[tuple[str, ...]] = ("residual",)
+
+    @property
+    def lands(self) -> bool:
+        return True
+
+    @property
+    def name(self) -> str:
+        return self.form.name
+
+    def __repr__(self) -> str:
+        options = [(f.name, getattr(self.form, f.name), f.default) for f in dataclasses.fields(self.form)]
+        pairs = [*options, ("key", self.key, None)]
+        changed = [f"{name}={value!r}" for name, value, default in pairs if value != default]
+        return f"{self.name}({', '.join([repr(self.tx), *changed])})"
 
     def init(self, params: Any) -> LowPrecisionState:
-        leaves, structure = trees.flatten("params", params)
-        narrow = self._narrow(leaves, params, params)
-        wide = [widened(leaf) for leaf in leaves]
+        leaves, structure = jax.tree.flatten(params)
+        narrow = self._narrow(leaves, self.tx.frozen(params))
+        wide = [widened(leaf) if trees.trainable(trees.aval(leaf)[1]) else leaf for leaf in leaves]
         residuals = [
-            self.first_residual(value) if is_narrow and self.residual_dtype is not None else HOLE
-            for value, is_narrow in zip(wide, narrow, strict=True)
+            meshes.beside(leaf, self.form.first_residual(value))
+            if is_narrow and self.form.residual_dtype is not None
+            else HOLE
+            for leaf, value, is_narrow in zip(leaves, wide, narrow, strict=True)
         ]
-        seed = jnp.asarray(self.first_seed, jnp.uint32)
+        seed = jnp.asarray(self.key or 0, jnp.uint32)
         return LowPrecisionState(seed, structure.unflatten(residuals), self.tx.init(structure.unflatten(wide)))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, LowPrecisionState)
         if params is None:
             raise ValueError(f"{self.name} needs the parameters: call update(updates, state, params)")
-        leaves = Leaves.of(updates, params)
-        structure = leaves.structure
-        narrow = self._narrow(leaves.params, params, updates)
+        frozen = self.tx.frozen(params)
+        leaves = Leaves.of(updates, params, frozen)
+        narrow = self._narrow([leaf.param for leaf in leaves.leaves], frozen)
         residuals = self._residuals(state, leaves, narrow)
-        bare = dataclasses.replace(self, tx=_NOTHING)
-        wide = [
-            _whole(bare, trees.dtype_of(param), param, residual) if is_narrow else param
-            for param, residual, is_narrow in zip(leaves.params, residuals, narrow, strict=True)
-        ]
-        stepped, inner, report = self.tx.step(updates, state.inner, structure.unflatten(wide), call)
-        steps = structure.flatten_up_to(stepped)
-        new = [
-            _landed(bare, trees.dtype_of(param), param, residual, value, step, state.seed, np.uint32(place))
+        kept = [
+            EncodedParam(self.form, Kept(leaf.param, residual, state.seed, np.uint32(place)), leaf.shape)
             if is_narrow
-            else (cast(step, trees.dtype_of(param)), HOLE)
-            for place, (param, residual, value, step, is_narrow) in enumerate(
-                zip(leaves.params, residuals, wide, steps, narrow, strict=True)
-            )
+            else leaf.param
+            for place, (leaf, residual, is_narrow) in enumerate(zip(leaves.leaves, residuals, narrow, strict=True))
         ]
-        new_updates, new_residuals = (structure.unflatten([pair[i] for pair in new]) for i in (0, 1))
-        return new_updates, LowPrecisionState(next_seed(state.seed), new_residuals, inner), report
+        stepped, inner, report = self.tx.step(updates, state.inner, leaves.structure.unflatten(kept), call)
+        results, new_residuals = list(leaves.structure.flatten_up_to(stepped)), [HOLE] * len(kept)
+        for index, (leaf, is_narrow) in enumerate(zip(leaves.leaves, narrow, strict=True)):
+            if is_narrow:
+                new = results[index].kept
+                results[index] = new.param if call.wants == "params" else difference(leaf.param, new.param)
+                new_residuals[index] = HOLE if new.residual is None else new.residual
+        seed = unless(call.accepted, state.seed, next_seed(state.seed))
+        new_state = LowPrecisionState(seed, leaves.structure.unflatten(new_residuals), inner)
+        return leaves.structure.unflatten(results), new_state, report
 
-    def _narrow(self, leaves: list[Any], params: Any, updates: Any) -> list[bool]:
+    def _narrow(self, leaves: list[Any], frozen: list[bool]) -> list[bool]:
         """Which leaves are low-precision numbers and not frozen."""
-        trained = trained_leaves(self.tx, params, updates)
-        narrow = [act and trees.dtype_of(leaf).itemsize < 4 for leaf, act in zip(leaves, trained, strict=True)]
-        if any(trained) and not any(narrow):
+        dtypes = [trees.aval(leaf)[1] for leaf in leaves]
+        narrow = [
+            not rests and trees.trainable(dtype) and dtype.itemsize < 4
+            for dtype, rests in zip(dtypes, frozen, strict=True)
+        ]
+        if not all(frozen) and not any(narrow):
             raise ValueError(f"{self.name} has nothing to do: no parameter is float16 or bfloat16; {_PROMOTED}")
         return narrow
 
     def _residuals(self, state: LowPrecisionState, leaves: Leaves, narrow: list[bool]) -> list[Any]:
-        """The residual of each leaf, after checking that the state is for these parameters."""
+        """The residual of each leaf, None if it has none, after checking that the state is for these parameters."""
         residuals = column("state.residual", state.residual, leaves.structure)
         for index, (residual, is_narrow) in enumerate(zip(residuals, narrow, strict=True)):
-            expected = is_narrow and self.residual_dtype is not None
+            expected = is_narrow and self.form.residual_dtype is not None
             if isinstance(residual, optax.MaskedNode) == expected:
                 name = trees.name_leaf("params", leaves.structure, index)
                 why = _ANOTHERS if is_narrow else _PROMOTED
                 raise ValueError(
-                    f"{name} is {trees.describe(leaves.params[index])}, which the state was not made for; {why}"
+                    f"{name} is {trees.describe(leaves.leaves[index].param)}, which the state was not made for; {why}"
                 )
             if expected:
-                aval = trees.aval(leaves.params[index])[0], np.dtype(self.residual_dtype)
+                aval = leaves.leaves[index].shape, np.dtype(self.form.residual_dtype)
                 trees.check_slot("state.residual", residual, aval, leaves.structure, index, check_dtype=True)
-        return residuals
+        return [None if isinstance(residual, optax.MaskedNode) else residual for residual in residuals]
 
 
 _PROMOTED = (
@@ -139,26 +199,8 @@ _PROMOTED = (
 _ANOTHERS = f"the state is another wrapper's, or of other parameters; {trees.ANEW}"
 
 
-_NOTHING = Foreign(optax.identity())
-"""In place of the wrapped transformation, which does not decide how an array is rounded."""
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _whole(form: LowPrecision, dtype: Any, param: Any, residual: Any) -> Array:
+@jax.jit
+def difference(old: Array, new: Array) -> Array:
+    """new − old in float32, exactly; −0 where nothing changes, which leaves a parameter of −0 as it is."""
     with jax.numpy_dtype_promotion("standard"):
-        return form.whole(cast(param, jnp.float32), residual, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _landed(
-    form: LowPrecision, dtype: Any, param: Any, residual: Any, value: Any, update: Any, seed: Any, place: Any
-) -> tuple[Array, Any]:
-    """The difference to the number chosen, and the new residual."""
-    with jax.numpy_dtype_promotion("standard"):
-        param, new = cast(param, jnp.float32), value + cast(update, jnp.float32)
-        bits = random_bits(seed_for(seed, place), value.shape)
-        target, kept = form.split(new, dtype, bits)
-        stays = new == value
-        # where nothing changes −0, which leaves a parameter of −0 as it is
-        difference = jnp.where(stays | (target == param), -0.0, target - param)
-        return difference, HOLE if kept is None else jnp.where(stays, form.unmoved(residual, kept), kept)
+        return jnp.where(new == old, -0.0, cast(new, jnp.float32) - cast(old, jnp.float32))

@@ -19,16 +19,18 @@ import optax
 
 from gradxform._core import meshes, trees
 from gradxform._core.compiled import compiled, on_leaf
-from gradxform._core.encoded import Encoded
+from gradxform._core.encoded import EncodedMoment
 from gradxform._core.leaves import HOLE
 from gradxform._core.rule import Array, Rule
+from gradxform._core.trees import unless
+from gradxform._core.xla import after
 from gradxform.numerics import arithmetic as numerics
 from gradxform.numerics import rounding
 from gradxform.wrappers.quantization.codecs.codec import Codec, largest_of, largest_of_written
 
 
 @dataclasses.dataclass(frozen=True)
-class Coded(Encoded):
+class Coded(EncodedMoment):
     """A moment of one leaf, kept as codes; a leaf of JAX's trees, so that it stands where the moment would."""
 
     codec: Codec
@@ -41,22 +43,26 @@ class Coded(Encoded):
         """Codes and scales, None if the codec has none."""
         return self.codes, None if self.codec.scale_dtype is None else self.scales
 
-    def replaced(self, codes: Any, scales: Any) -> Coded:
-        """With other codes and scales."""
+    def renewed(self, arrays: tuple[Any, Any]) -> Coded:
+        codes, scales = arrays
         return dataclasses.replace(self, codes=codes, scales=self.scales if scales is None else scales)
 
     @staticmethod
-    def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-        """`on_leaf` for a leaf some of whose moments are `Coded`."""
+    def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
+        """`compiled.on_leaf` for a leaf some of whose moments are `Coded`."""
 
         def update_leaf(
-            how: str, final: Any, dtype: Any, scalars: Any, own: Any, update: Any, slots: Any, param: Any, taken: Any
-        ) -> tuple[jax.Array, tuple[Any, ...]]:
+            ending: Any, dtype: Any, scalars: Any, own: Any, update: Any, slots: Any, param: Any, accepted: Any
+        ) -> tuple[Any, tuple[Any, ...]]:
             codecs = tuple(slot.codec if isinstance(slot, Coded) else None for slot in slots)
             seeds = tuple(slot.seed if isinstance(slot, Coded) else None for slot in slots)
             given = tuple(slot.arrays() if isinstance(slot, Coded) else slot for slot in slots)
-            result, new = _on_coded(rules, codecs)(how, final, dtype, scalars, own, update, given, param, taken, seeds)
-            kept = (old.replaced(*one) if isinstance(old, Coded) else one for old, one in zip(slots, new, strict=True))
+            run = _on_coded(rules, codecs)
+            result, new = run(ending, dtype, scalars, own, update, given, param, accepted, seeds)
+            kept = (
+                old.renewed(arrays) if isinstance(old, Coded) else arrays
+                for old, arrays in zip(slots, new, strict=True)
+            )
             return result, tuple(kept)
 
         return update_leaf
@@ -69,25 +75,26 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
     in_parts = not any(inner.whole for rule in rules for inner in rule.walk())
 
     @compiled
-    def coded_leaf_update(how, final, dtype, scalars, own, update, slots, param, taken, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def coded_leaf_update(ending, dtype, scalars, own, update, slots, param, accepted, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not meshes.varying_over(update)
         length = _run_length(update.size // used[0].block)
         alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
         in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in used)
-        lands = how == "land"
+        in_runs = in_runs and ending.form is None  # whose random bits go by the place in the whole array
+        lands = ending.gives == "param"
 
         def step(update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
             wide = tuple(
                 slot if codec is None else codec.decode(*slot).reshape(update.shape)
                 for codec, slot in zip(codecs, slots, strict=True)
             )
-            result, new = on_leaf(rules)(how, final, dtype, scalars, own, update, wide, param, taken)
+            result, new = on_leaf(rules)(ending, dtype, scalars, own, update, wide, param, accepted)
             kept = list(new)
             moments = [numerics.cast(new[place], jnp.float32) for place in coded]
             for (place, codec), moment, largest in zip(coded.items(), moments, largest_of_all(moments), strict=True):
                 codes, scales = codec.encode(moment, _bits(seeds[place]), largest)
-                codes = _after(result, codes) if lands and one_cpu and not in_runs else codes
-                kept[place] = tuple(map(functools.partial(_taken, taken), (codes, scales), slots[place]))
+                codes = after(jax.tree.leaves(result)[0], codes) if lands and one_cpu and not in_runs else codes
+                kept[place] = tuple(map(functools.partial(_accepted, accepted), (codes, scales), slots[place]))
             return result, tuple(kept)
 
         def largest_of_all(moments: list[Any]) -> list[Any]:
@@ -97,7 +104,16 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
 
         with jax.numpy_dtype_promotion("standard"):
             if in_runs:
-                return _in_runs(step, length, used[0].block, lands, final, update, param, slots)
+                return _in_runs(
+                    step,
+                    length,
+                    used[0].block,
+                    lands,
+                    dtype if ending.gives == "wide" else ending.final,
+                    update,
+                    param,
+                    slots,
+                )
             return step(update, param, slots)
 
     return coded_leaf_update
@@ -108,21 +124,9 @@ def _bits(seed: Any) -> Callable[[Array], Array] | None:
     return None if seed is None else functools.partial(rounding.own_bits, seed=seed)
 
 
-def _after(result: Any, codes: Any) -> Any:
-    """The codes as they are, but dependent on `result`, so that XLA makes them after it.
-
-    It is made of the old codes, which may then be overwritten; without an order they would be copied first.
-    """
-    first = result[(0,) * result.ndim]
-    never = (first != first) & (first == first)
-    return jnp.where(never, jnp.zeros((), codes.dtype), codes)
-
-
-def _taken(taken: Any, new: Any, old: Any) -> Any:
-    """The new array in the shape of the old one, which stays where the step is not taken."""
-    if new is None:
-        return None
-    return new.reshape(old.shape) if taken is None else jnp.where(taken, new.reshape(old.shape), old)
+def _accepted(accepted: Any, new: Any, old: Any) -> Any:
+    """The new array in the shape of the old one, which stays where the step is not accepted."""
+    return None if new is None else unless(accepted, old, new.reshape(old.shape))
 
 
 def _run_length(rows: int) -> int:

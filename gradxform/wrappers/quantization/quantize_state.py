@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +18,21 @@ import optax
 
 from gradxform._core import trees
 from gradxform._core.arguments import count_of
-from gradxform._core.body import Call, Foreign, Report, Transformation, Wrapper, body_of
-from gradxform._core.chain import Chain
-from gradxform._core.leaves import Leaves, trained_leaves, widened
+from gradxform._core.body import Foreign, Transformation, Wrapper, body_of
+from gradxform._core.call import Call, Report
+from gradxform._core.compiled import cast
+from gradxform._core.encoded import EncodedParam
+from gradxform._core.encoded import decoded as decoded_leaf
+from gradxform._core.inventory import StateArray, names_of, per_leaf_by_name, shared, state_shapes, within
+from gradxform._core.leaves import Leaves, widened
 from gradxform._core.meshes import put_like
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import unless
-from gradxform.numerics.arithmetic import Array, cast
+from gradxform.numerics.arithmetic import Array
 from gradxform.numerics.rounding import next_seed, seed_for
 from gradxform.wrappers.quantization.codecs import CODECS, Codec
 from gradxform.wrappers.quantization.coded import Coded, decoded, encoded
-from gradxform.wrappers.quantization.fields import KINDS, KNOWN, Fields, checked_fields, names_of
+from gradxform.wrappers.quantization.coding import HOLDS, CodedArray, Coding, checked_fields, role_of
 
 
 class QuantizedState(NamedTuple):
@@ -126,105 +130,80 @@ class QuantizeState(Wrapper):
         changed = [f"{name}={value!r}" for name, value in options.items() if value != usual[name]]
         return f"{self.name}({', '.join([repr(self.tx), *changed])})"
 
+    def inventory(self, params: Any) -> list[StateArray]:
+        state, seen = state_shapes(self.init, params), self.seen(params)
+        coded = {array.path for array in self.coding(params).arrays}
+        kept = [array for array in self.tx.inventory(seen) if array.path not in coded]
+        parts = [per_leaf_by_name(name, getattr(state, name), params) for name in ("codes", "scales")]
+        return [*shared(state, "seed"), *(array for part in parts for array in part), *within("inner", kept)]
+
     def init(self, params: Any) -> QuantizedState:
-        leaves, structure = trees.flatten("params", params)
-        found = self.coded_fields(leaves, structure)
-        coded = any(codec is not None for _, field in found.placed for codec in field.codecs)
-        trained = trained_leaves(self.tx, params, params)
-        if not coded and any(act and self.fits(trees.aval(leaf)) for act, leaf in zip(trained, leaves, strict=True)):
+        leaves, structure = jax.tree.flatten(params)
+        coding = self.coding(params)
+        trained = [not rests for rests in self.tx.frozen(params)]
+        if not coding.arrays and any(
+            act and self.fits(trees.aval(leaf)) for act, leaf in zip(trained, leaves, strict=True)
+        ):
             raise ValueError(f"{self.name} has nothing to do: the state of {self.tx!r} has no array like a parameter")
         state = self.tx.init(self.seen(params))
-        return self._closed(jnp.zeros((), jnp.uint32), state, found, structure, placed=True)
+        return self._closed(jnp.zeros((), jnp.uint32), state, coding, structure, placed=True)
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
-        return self._run(self.tx.step, updates, state, params, call)
-
-    def guarded(self, updates: Any, state: Any, params: Any, call: Call, taken: Any) -> tuple[Any, Any, Report]:
-        if not self._in_kernels(self._coded_fields_for(updates, params)):
-            return super().guarded(updates, state, params, call, taken)
-        return self._run(functools.partial(self.tx.guarded, taken=taken), updates, state, params, call, taken)
-
-    def advance(self, updates: Any, state: Any, params: Any, call: Call, taken: Any = None) -> tuple[Any, Any, Report]:
-        if not self._in_kernels(self._coded_fields_for(updates, params)):
-            return super().advance(updates, state, params, call, taken)
-        return self._run(functools.partial(self.tx.advance, taken=taken), updates, state, params, call, taken)
-
-    def _run(
-        self, inner_step: Callable[..., Any], updates: Any, state: Any, params: Any, call: Call, taken: Any = None
-    ) -> tuple[Any, Any, Report]:
-        """What the wrapped transformation does in `inner_step`, on a state that is decoded, or is in its kernels."""
         check_state_type(self.name, state, QuantizedState)
-        leaves = Leaves.of(updates, params)
-        structure = leaves.structure
-        found = self._coded_fields_for(updates, params)
-        given = None if params is None else self.seen(params)
+        like = updates if params is None else params
+        leaves = Leaves.of(updates, params, self.tx.frozen(like))
+        coding, structure = self.coding(like), leaves.structure
 
-        def coded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Coded:
-            return Coded(codec, codes, scales, self._seed(state.seed, number))
+        def coded(array: CodedArray, codes: Any, scales: Any) -> Coded:
+            return Coded(array.codec, codes, scales, self._seed(state.seed, array.number))
 
-        decode = coded if self._in_kernels(found) else _decoded
-        opened = found.opened(state.codes, state.scales, state.inner, structure, decode)
-        stepped, new, report = inner_step(self.seen(updates), opened, given, call)
-        if isinstance(self.tx, Foreign):
-            steps = zip(structure.flatten_up_to(stepped), leaves.final, strict=True)
-            stepped = structure.unflatten([cast(one, dtype) for one, dtype in steps])
-        after = unless(taken, state.seed, next_seed(state.seed))
-        return stepped, self._closed(state.seed, new, found, structure)._replace(seed=after), report
+        decode = coded if coding.in_kernels else _decoded
+        opened = coding.opened(state.codes, state.scales, state.inner, structure, decode)
+        given = updates if not self.widens else structure.unflatten([self.seen(leaf.update) for leaf in leaves.leaves])
+        result, new, report = self.tx.step(given, opened, None if params is None else self.seen(params), call)
+        if self.widens:
+            result = self._narrowed(leaves, structure.flatten_up_to(result), call)
+        closed = self._closed(state.seed, new, coding, structure)
+        if not coding.in_kernels:  # what is decoded and coded again may differ from what it was
+            closed = unless(call.accepted, state, closed)
+        return result, closed._replace(seed=unless(call.accepted, state.seed, next_seed(state.seed))), report
 
-    def _in_kernels(self, found: Fields) -> bool:
-        """Whether all fields are those of rules, which decode and encode them in the kernels of the step."""
-        segments = self.tx.segments if isinstance(self.tx, Chain) else ()
-        return set(found.names) <= {name for segment in segments for name in getattr(segment, "fields", ())}
-
-    def seen(self, tree: Any) -> Any:
-        """Updates or parameters as the wrapped transformation gets them: ours computes in float32 whatever they are."""
-        return jax.tree.map(widened, tree) if isinstance(self.tx, Foreign) else tree
-
-    def _closed(self, seed: Any, inner: Any, found: Fields, structure: Any, placed: bool = False) -> QuantizedState:
-        """The state with every field coded; where `placed`, on the devices of what is coded."""
-
-        def encode(number: int, codec: Codec, value: Any) -> tuple[Any, Any]:
-            if isinstance(value, Coded):
-                return value.codes, value.scales
-            codes, scales = encoded(codec, value, self._seed(seed, number))
-            return jax.tree.map(functools.partial(put_like, value), (codes, scales)) if placed else (codes, scales)
-
-        return QuantizedState(seed, *found.closed(inner, structure, encode))
-
-    def _seed(self, seed: Any, number: int) -> Any:
-        """Of the bits that round one of the fields."""
-        return seed_for(seed, number) if self.rounding == "stochastic" else None
+    def _narrowed(self, leaves: Leaves, results: list[Any], call: Call) -> Any:
+        """What is wanted, of results of a transformation that saw float32."""
+        narrow = [
+            each if leaf.update is None or isinstance(each, EncodedParam) else cast(each, leaf.final)
+            for leaf, each in zip(leaves.leaves, results, strict=True)
+        ]
+        return leaves.result(call.wants, narrow)
 
     # What is known before any array is there
 
-    def coded_fields(self, leaves: list[Any], structure: Any) -> Fields:
-        """The fields of the state, for parameters of these shapes."""
-        avals = tuple(map(trees.aval, leaves))
-        if (structure, avals) not in self._known:
-            self._known[structure, avals] = self._found(structure, avals)
-        return self._known[structure, avals]
+    def coding(self, params: Any) -> Coding:
+        """Which arrays of the state are coded, for parameters of these shapes."""
+        leaves, structure = jax.tree.flatten(params)
+        key = structure, trees.avals(leaves)
+        if key not in self._known:
+            self._known[key] = self._found(params)
+        return self._known[key]
 
     @functools.cached_property
-    def _known(self) -> dict[Any, Fields]:
-        """What `coded_fields` has found; it goes with the transformation, which may hold a tracer as learning rate."""
+    def _known(self) -> dict[Any, Coding]:
+        """What `coding` has found; it goes with the transformation, which may hold a tracer as learning rate."""
         return {}
 
-    def _found(self, structure: Any, avals: tuple[trees.Aval, ...]) -> Fields:
-        def codec_of(name: str, aval: trees.Aval) -> Codec | None:
-            return self.codec_of(name) if self.fits(aval) else None
-
-        shapes = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals])
-        state = jax.eval_shape(lambda params: self.tx.init(self.seen(params)), shapes)
-        found = Fields.of(state, structure, avals, codec_of)
+    def _found(self, params: Any) -> Coding:
+        leaves, structure = jax.tree.flatten(params)
+        avals = [trees.aval(leaf) for leaf in leaves]
+        shapes = [leaf if a[1] is None else jax.ShapeDtypeStruct(*a) for leaf, a in zip(leaves, avals, strict=True)]
+        seen = self.seen(structure.unflatten(shapes))
+        inventory = self.tx.inventory(seen)
+        known = dict.fromkeys(array.field for array in inventory if array.leaf is not None)
         for name, _ in self.fields:
-            if not any(name in names_of(path) for path in found.names):
+            if not any(name in names_of(field) for field in known):
                 raise ValueError(
-                    f"fields names {name!r}, which is no field of the state of {self.tx!r}; it has {found.names}"
+                    f"fields names {name!r}, which is no field of the state of {self.tx!r}; it has {list(known)}"
                 )
-        return found
-
-    def _coded_fields_for(self, updates: Any, params: Any) -> Fields:
-        return self.coded_fields(*jax.tree.flatten(updates if params is None else params))
+        return Coding.of(self.tx.init, inventory, seen, self.codec_of)
 
     def fits(self, aval: trees.Aval) -> bool:
         """Whether an array of this shape and dtype can be coded."""
@@ -233,17 +212,46 @@ class QuantizeState(Wrapper):
         real = dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize <= 4
         return real and size >= self.min_size and size % self.codec.block == 0
 
-    def codec_of(self, path: str) -> Codec | None:
-        """How a field is coded; None if it is kept."""
-        given = dict(self.fields)
-        kind = next((given[name] for name in names_of(path) if name in given), KNOWN.get(names_of(path)[-1]))
-        if kind is None:
+    def codec_of(self, field: str, aval: trees.Aval) -> Codec | None:
+        """How an array of a field is coded; None if it is kept."""
+        if not self.fits(aval):
+            return None
+        role = role_of(field, dict(self.fields))
+        if role is None:
             raise ValueError(
-                f"{self.name} does not know what the state field {path!r} of {self.tx!r} holds; say "
-                f"fields={{{names_of(path)[-1]!r}: …}} with one of {', '.join(map(repr, KINDS))}"
+                f"{self.name} does not know what the state field {field!r} of {self.tx!r} holds; say "
+                f"fields={{{names_of(field)[-1]!r}: …}} with one of {', '.join(map(repr, HOLDS))}"
             )
-        return None if kind == "kept" else dataclasses.replace(self.codec, signed=kind == "signed")
+        return None if role == "kept" else dataclasses.replace(self.codec, signed=role == "signed")
+
+    @property
+    def widens(self) -> bool:
+        """Whether what is wrapped gets float32 leaves: ours computes in float32 whatever they are."""
+        return isinstance(self.tx, Foreign)
+
+    def seen(self, tree: Any) -> Any:
+        """Updates or parameters as the wrapped transformation gets them."""
+        if not self.widens:
+            return tree
+        return jax.tree.map(
+            lambda leaf: widened(decoded_leaf(leaf)) if trees.trainable(trees.aval(leaf)[1]) else leaf, tree
+        )
+
+    def _seed(self, seed: Any, number: int) -> Any:
+        """Of the bits that round the next codes of a field; None rounds to nearest."""
+        return seed_for(seed, number) if self.rounding == "stochastic" else None
+
+    def _closed(self, seed: Any, inner: Any, coding: Coding, structure: Any, placed: bool = False) -> QuantizedState:
+        """The state with every moment coded; where `placed`, on the devices of what is coded."""
+
+        def encode(array: CodedArray, value: Any) -> tuple[Any, Any]:
+            if isinstance(value, Coded):
+                return value.codes, value.scales
+            codes, scales = encoded(array.codec, value, self._seed(seed, array.number))
+            return jax.tree.map(functools.partial(put_like, value), (codes, scales)) if placed else (codes, scales)
+
+        return QuantizedState(seed, *coding.closed(inner, structure, encode))
 
 
-def _decoded(number: int, codec: Codec, aval: trees.Aval, codes: Any, scales: Any) -> Array:
-    return decoded(codec, aval, codes, scales)
+def _decoded(array: CodedArray, codes: Any, scales: Any) -> Array:
+    return decoded(array.codec, array.aval, codes, scales)

@@ -1,0 +1,40 @@
+"""What is asked of a step, and what has been measured in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+
+Report: TypeAlias = dict[str, jax.Array]
+"""What a step tells besides its result: scalars by name, such as ``clipped``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One step, as every transformation within it is asked for it."""
+
+    extra_args: Mapping[str, Any]
+    accepted: Any = None
+    """A 0-d boolean: where it is False, parameters and state stay as they are. None where it is True in any case."""
+    wants: Literal["updates", "params"] = "updates"
+    """What the step gives: what is to be added to the parameters, or the parameters after it."""
+    measured: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
+    """What was measured of an array in this step, so that a norm several transformations want is taken once."""
+
+    rescaled: dict[int, tuple[Any, Any, Any]] = dataclasses.field(default_factory=dict[int, tuple[Any, Any, Any]])
+    """Arrays that are others times a number, by their ids: the array, the other one, the number."""
+
+    def but(self, **changes: Any) -> Call:
+        """The same step, asked for otherwise."""
+        return dataclasses.replace(self, **changes)
+
+    def within_branch(self) -> Call:
+        """The same step in a branch that may not run: what is measured there is not known outside."""
+        return Call(self.extra_args, wants=self.wants)
+
+    def also(self, condition: Any) -> Any:
+        """`condition` where the step is accepted, else False."""
+        return condition if self.accepted is None else self.accepted & condition

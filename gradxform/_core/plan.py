@@ -1,0 +1,180 @@
+"""What each leaf gets of a chain: made once for a structure, shapes and dtypes, and looked up in every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from gradxform._core import trees
+from gradxform._core.compiled import owned_slots, slot_avals
+from gradxform._core.encoded import decoded
+from gradxform._core.leaves import masked
+from gradxform._core.masks import Mask
+from gradxform._core.rule import NOTHING, Rule
+from gradxform._core.stages import TreeStage
+
+Avals = tuple[Any, ...]
+"""Shape and dtype of each leaf; see `trees.avals`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What a leaf gets in a pass over the rules of a chain."""
+
+    rules: tuple[Rule, ...]
+    """With nothing in place of those that leave it alone."""
+    acts: bool
+    """Whether any of them does something."""
+    places: tuple[int, ...]
+    """Which of the pass's fields hold its arrays, in their order."""
+    avals: tuple[trees.Aval, ...]
+    """Shape and dtype of these."""
+    ends: bool
+    """Whether nothing after this pass acts on the leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreePlan:
+    """What the leaves get of a stage that sees whole trees."""
+
+    acts: list[bool]
+    sees: list[bool]
+    """Those it acts on, and those it freezes itself."""
+    ends: list[bool]
+    """Whether nothing after this stage acts on a leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What each leaf gets of a chain."""
+
+    frozen: list[bool]
+    """Which leaves stay as they are: frozen, or functions."""
+    passes: list[list[LeafPlan] | TreePlan]
+    """For each pass of the chain."""
+    untouched: list[int]
+    """The leaves that are not frozen, but on which nothing acts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which leaves every mask chooses, and which are frozen: by the chain, or by a stage that sees whole trees."""
+
+    chosen: dict[Mask, tuple[bool, ...]]
+    frozen: tuple[bool, ...]
+    frozen_within: tuple[tuple[bool, ...], ...]
+    """For each stage that sees whole trees."""
+
+    @property
+    def key(self) -> Any:
+        """What is chosen and frozen, to look a plan up."""
+        return *self.chosen.values(), self.frozen, self.frozen_within
+
+    @property
+    def all_frozen(self) -> list[bool]:
+        """The leaves that are frozen, by whomever."""
+        return [any(each) for each in zip(self.frozen, *self.frozen_within, strict=True)]
+
+    def acting(self, *masks: Mask | None) -> list[bool]:
+        """The leaves that are not frozen and that all masks choose."""
+        flags = [self.chosen[mask] for mask in masks if mask is not None]
+        return [not rests and all(each) for rests, *each in zip(self.all_frozen, *flags, strict=True)]
+
+    def seen_by(self, stages: Sequence[Rule | TreeStage]) -> dict[int, list[bool]]:
+        """The leaves that each stage sees that sees whole trees: those it acts on, and those it freezes itself."""
+        trees_of = [stage for stage in stages if isinstance(stage, TreeStage)]
+        pairs = zip(trees_of, self.frozen_within, strict=True)
+        return {id(s): [act or own for act, own in zip(self.acting(s.mask), w, strict=True)] for s, w in pairs}
+
+
+def masks_of(stages: Sequence[Rule | TreeStage]) -> list[Mask]:
+    """Every mask in a chain, each once."""
+    holders = [rule for stage in stages for rule in (stage.walk() if isinstance(stage, Rule) else [stage])]
+    return list({holder.mask: None for holder in holders if holder.mask is not None})
+
+
+def select(stages: Sequence[Rule | TreeStage], masks: Sequence[Mask], tree: Any, given: bool) -> Selection:
+    """Who acts where, for these parameters; where none are `given`, for a tree like them, which no mask may look at."""
+    leaves, structure = jax.tree.flatten(tree)
+    shown = [decoded(leaf) for leaf in leaves] if masks else leaves
+    params = tree if all(a is b for a, b in zip(shown, leaves, strict=True)) else structure.unflatten(shown)
+    chosen = {mask: tuple(mask(params, shown, structure)) for mask in masks}
+    frozen = [trees.rests(leaf) for leaf in leaves]
+    for stage in stages:
+        if isinstance(stage, Rule) and stage.freezes:
+            flags = [True] * len(leaves) if stage.mask is None else chosen[stage.mask]
+            frozen = [rests or flag for rests, flag in zip(frozen, flags, strict=True)]
+    selection = Selection(chosen, tuple(frozen), ())
+    within = [
+        _frozen_by(stage, selection, tree, leaves, structure) if given else (False,) * len(leaves)
+        for stage in stages
+        if isinstance(stage, TreeStage)
+    ]
+    return dataclasses.replace(selection, frozen_within=tuple(within))
+
+
+def _frozen_by(
+    stage: TreeStage, selection: Selection, tree: Any, leaves: Sequence[Any], structure: Any
+) -> tuple[bool, ...]:
+    """Which of the leaves it acts on a stage freezes itself."""
+    acts = selection.acting(stage.mask)
+    inner = iter(stage.body.frozen(masked(acts, tree, leaves, structure)))
+    return tuple(act and next(inner) for act in acts)
+
+
+def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals) -> Plan:
+    """What each leaf gets in every pass: tuples of rules, or a stage that sees whole trees."""
+    frozen = selection.all_frozen
+    within = iter(selection.frozen_within)
+    drafts: list[Any] = []
+    for part in passes:
+        if isinstance(part, TreeStage):
+            acts, own = selection.acting(part.mask), next(within)
+            drafts.append((acts, [act or rests for act, rests in zip(acts, own, strict=True)]))
+        else:
+            rules = _rules_by_leaf(part, selection, frozen)
+            drafts.append(([any(rule is not NOTHING for rule in each) for each in rules], rules))
+    later = [False] * len(frozen)
+    made: list[list[LeafPlan] | TreePlan] = []
+    for part, (acts, more) in zip(reversed(passes), reversed(drafts), strict=True):
+        ends = [act and not after for act, after in zip(acts, later, strict=True)]
+        if isinstance(part, TreeStage):
+            made.append(TreePlan(acts, more, ends))
+        else:
+            made.append(_leaf_plans(part, more, acts, ends, avals))
+        later = [act or after for act, after in zip(acts, later, strict=True)]
+    untouched = [i for i, (rests, acts) in enumerate(zip(frozen, later, strict=True)) if not rests and not acts]
+    return Plan(frozen, made[::-1], untouched)
+
+
+def _leaf_plans(
+    rules: tuple[Rule, ...], by_leaf: list[tuple[Rule, ...]], acts: list[bool], ends: list[bool], avals: Avals
+) -> list[LeafPlan]:
+    known: dict[Any, LeafPlan] = {}
+    plans: list[LeafPlan] = []
+    for own, act, end, aval in zip(by_leaf, acts, ends, avals, strict=True):
+        key = (id(own), end, aval)
+        if key not in known:
+            places = tuple(owned_slots(rules, own)) if act else ()
+            known[key] = LeafPlan(own, act, places, tuple(slot_avals(own, *aval)) if places else (), end)
+        plans.append(known[key])
+    return plans
+
+
+def _rules_by_leaf(rules: tuple[Rule, ...], selection: Selection, frozen: Sequence[bool]) -> list[tuple[Rule, ...]]:
+    """What each leaf gets of some rules; a frozen one nothing."""
+    masks = list({rule.mask: None for outer in rules for rule in outer.walk() if rule.mask is not None})
+    if not masks and not any(frozen):
+        return [rules] * len(frozen)
+    variants: dict[tuple[bool, ...], tuple[Rule, ...]] = {}
+    by_leaf: list[tuple[Rule, ...]] = []
+    for rests, *flags in zip(frozen, *(selection.chosen[mask] for mask in masks), strict=True):
+        key = (rests, *flags)
+        if key not in variants:
+            acts = dict(zip(masks, flags, strict=True)).__getitem__
+            variants[key] = tuple(NOTHING if rests or rule.freezes else rule.select(acts) for rule in rules)
+        by_leaf.append(variants[key])
+    return by_leaf
