@@ -90,8 +90,7 @@ def lift(
         ``step.<name>`` and returns the next value under the same name. They are fields of the state.
       reports: Which of the scalars that `gather` returns `observe` shows.
       axis_name: Axes of a mesh; see `clip_by_global_norm`. It takes a `Measure` with ``across``.
-      mask: Which leaves the rule acts on: a tree of booleans (or a prefix of one), a callable
-        ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
+      mask: Which leaves the rule acts on; see `add_decoupled_weight_decay`.
       whole: Whether `update` needs whole arrays, for a norm or a product of matrices: inside `jax.shard_map` a
         shard then raises.
       fits: ``fits(shape, dtype)`` tells what is wrong with a leaf, such as ``"has shape (3,), not two axes"``, for an
