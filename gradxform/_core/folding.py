@@ -29,10 +29,11 @@ def folded(paths: Sequence[str], features: Sequence[Hashable] | None = None) -> 
     return rows
 
 
-def listed(paths: Sequence[str], most: int = 6) -> str:
+def listed(paths: Sequence[str]) -> str:
     """Paths for a message, folded, and not more than a few."""
     rows = [text or "''" for text, _ in folded(paths)]
-    return ", ".join(rows) if len(rows) <= most else f"{', '.join(rows[:most])}, … ({len(paths)} paths)"
+    shown = [row for i, row in enumerate(rows[:6]) if len("".join(rows[:i])) < 120]
+    return ", ".join(shown) if len(shown) == len(rows) else f"{', '.join(shown)}, … ({len(paths)} paths)"
 
 
 def _range(parts: list[str]) -> str:
