@@ -7,6 +7,7 @@ from typing import Any
 import optax
 
 from gradxform._core.body import Call, body_of
+from gradxform._core.explain import check_order
 from gradxform._core.leaves import Leaves
 
 
@@ -30,6 +31,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
       >>> print(gx.apply_updates({"w": jnp.ones(2)}, {"w": jnp.array([0.5, -0.5])}))
       {'w': Array([1.5, 0.5], dtype=float32)}
     """
+    check_order("apply_updates(params, updates)", params=params, updates=updates)
     return Leaves.of(updates, params).landed()
 
 
@@ -69,5 +71,6 @@ def step(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, 
     """
     if params is None:
         raise ValueError("step needs the parameters: call step(tx, grads, state, params)")
+    check_order("step(tx, grads, state, params)", grads=grads, params=params)
     new_params, new_state, _ = body_of("tx of step", tx).advance(grads, state, params, Call(extra_args))
     return new_params, new_state

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import optax
 
+from gradxform._core import explain
 from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.leaves import Leaves
 from gradxform._core.meshes import spread
@@ -159,6 +160,7 @@ class Init:
     body: Body
 
     def __call__(self, params: Any) -> Any:
+        explain.check_order("init(params)", params=params)
         return spread(self.body.init(params), params)
 
 
@@ -169,6 +171,7 @@ class Update:
     body: Body
 
     def __call__(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        explain.check_order("update(updates, state, params)", updates=updates, params=params)
         return self.body.update(updates, state, params, extra_args)
 
 
@@ -205,9 +208,11 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
 
 def body_of(name: str, tx: Any) -> Body:
-    """The body of a transformation, ours or any ``(init, update)`` pair; `name` is what the message calls it."""
+    """The body of a transformation, ours, any ``(init, update)`` pair or object with both; messages call it `name`."""
     if isinstance(tx, Transformation) and tx.whole:
         return tx.body
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
         return Foreign(tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx))
-    raise TypeError(f"{name} must be a transformation, an (init, update) pair, got {tx!r}")
+    if pair := explain.pair_of(tx):
+        return Foreign(pair)
+    raise TypeError(explain.no_transformation(name, tx))

@@ -16,6 +16,7 @@ from gradxform._core import passes, trees
 from gradxform._core.arguments import visible_dtype
 from gradxform._core.body import Assigned, Body, Call, Report
 from gradxform._core.compiled import increment, slot_names
+from gradxform._core.explain import wrong_state
 from gradxform._core.hyperparameters import Hyperparameter, Live, evaluate
 from gradxform._core.leaves import Leaves, masked
 from gradxform._core.passes import RulePass, TreePass
@@ -193,10 +194,7 @@ class Chain(Body):
     def _check_state(self, state: Any) -> None:
         expected = self.state_type._fields
         if getattr(state, "_fields", None) != expected:
-            raise TypeError(
-                f"state is {type(state).__name__}{getattr(state, '_fields', '')}, this transformation's is "
-                f"State{expected}; pass what its own init or update returned"
-            )
+            raise TypeError(wrong_state("this transformation", state, f"State{expected}", expected))
         trees.check_scalar("state.count", state.count, np.integer)
         visible = [name for name, h in self.hyperparameters.items() if h.visible]
         if sorted(state.hyperparams) != sorted(visible):

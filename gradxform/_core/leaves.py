@@ -13,6 +13,7 @@ import optax
 
 from gradxform._core import meshes, trees
 from gradxform._core.compiled import cast, landed, measured, measured_jointly, stacked
+from gradxform._core.explain import OTHER_PARAMETERS
 from gradxform._core.rule import Measure
 from gradxform.numerics import arithmetic as numerics
 from gradxform.numerics import norms as euclidean
@@ -169,14 +170,13 @@ def column(name: str, tree: Any, structure: Any) -> list[Any]:
     slots, own = jax.tree.flatten(tree)
     if own == structure:
         return slots
-    remedy = "this state belongs to other parameters; call init(params) for these"
     try:
         parts = structure.flatten_up_to(tree)
     except ValueError:
-        trees.check_same_structure(name, own, "updates", structure, remedy)
+        trees.check_same_structure(name, own, "updates", structure, OTHER_PARAMETERS)
         raise
     if not all(isinstance(part, optax.MaskedNode) or jax.tree_util.all_leaves([part]) for part in parts):
-        trees.check_same_structure(name, own, "updates", structure, remedy)
+        trees.check_same_structure(name, own, "updates", structure, OTHER_PARAMETERS)
     return parts
 
 

@@ -16,7 +16,7 @@ from gradxform._core.rule import Array, Branch, Measure, Rule, Slots, Step
 from gradxform._core.stages import Stage, TreeStage
 
 
-def chain(*transformations: optax.GradientTransformation) -> Transformation:
+def chain(*transformations: optax.GradientTransformation | optax.MultiSteps) -> Transformation:
     """u ← tₙ(… t₂(t₁(g))): apply transformations one after the other, as one.
 
     Neighbouring transformations of this library become one pass over the tree with one ``count`` and one
@@ -24,7 +24,8 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     keep their state in the field ``inner``. `chain` is associative and `identity` is its unit.
 
     Args:
-      *transformations: Any number of ``(init, update)`` pairs.
+      *transformations: Any number of ``(init, update)`` pairs, or of objects that have both, such as
+        `optax.MultiSteps`.
 
     Raises:
       TypeError: if an argument is no such pair.

@@ -89,7 +89,7 @@ def step(tx: Any, updates: Any = PARAMS, params: Any = PARAMS) -> Any:
     accumulate_missing=(lambda: step(gx.accumulate(TX, 2), {"w": 1.0}), ValueError, "updates['b'] is missing"),
     without_params=(lambda: TX.update(PARAMS, STATE), ValueError, "add_decoupled_weight_decay & params"),
     l2_without_params=(lambda: step(gx.adam_l2(0.1), params=None), ValueError, "add_l2_regularization & params"),
-    swapped=(lambda: TX.update(STATE, PARAMS, PARAMS), TypeError, "updates.count & int32"),
+    swapped=(lambda: TX.update(STATE, PARAMS, PARAMS), TypeError, "updates is an optimizer's state & swapped?"),
 )
 def test_trees(row):
     check(row)
@@ -150,7 +150,7 @@ ACCUMULATE = gx.accumulate(gx.sgd(0.1), every=2)
     of_sgd=(lambda: TX.update(PARAMS, SGD.init(PARAMS), PARAMS), TypeError, "state is State('count', 'hyperparams')"),
     of_optax=(lambda: TX.update(PARAMS, optax.adam(0.1).init(PARAMS), PARAMS), TypeError, "state is tuple"),
     less=(lambda: TX.update(PARAMS, TX.init({"w": PARAMS["w"]}), PARAMS), ValueError, "['b'] is missing"),
-    more=(lambda: TX.update(PARAMS, TX.init({**PARAMS, "c": 1.0}), PARAMS), ValueError, "['c'] & other parameters"),
+    more=(lambda: TX.update(PARAMS, TX.init({**PARAMS, "c": 1.0}), PARAMS), ValueError, "['c'] & different parameters"),
     stale=(lambda: TX.update(PARAMS, TX.init(with_b(jnp.ones(4))), PARAMS), ValueError, "['b'] & [4] & [3]"),
     moment_none=(lambda: TX.update(PARAMS, STATE._replace(mu=None), PARAMS), ValueError, "state.mu['b'] is missing"),
     moment_dtype=(
