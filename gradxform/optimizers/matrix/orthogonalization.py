@@ -45,9 +45,8 @@ def orthogonalize(
       layout: What each axis of a leaf is, one word per axis: ``in`` and ``out`` are the sides of the matrix (several
         of one kind count as one, so ``in in in out`` is a convolution's kernel in JAX); ``each`` has a matrix per
         index (layers of a scan, experts, heads); ``3*out`` consists of three blocks, each with a matrix of its own
-        (fused query, key and value); ``(32+8+8)*out`` of three whose sizes are as 32 to 8 to 8 (queries that share
-        keys and values: so many heads each, or columns). Kernels are ``in out`` in Flax and Haiku, ``out in`` in
-        Equinox and PyTorch.
+        (fused query, key and value); ``(32+8+8)*out`` of three whose sizes are as 32 to 8 to 8 (grouped queries, in
+        heads or in columns). Kernels are ``in out`` in Flax and Haiku, ``out in`` in Equinox and PyTorch.
       method: How:
 
         - ``"newton_schulz"``, Jordan's quintic, ends between 0.68 and 1.21 for singular values from 0.002 to 1 of
