@@ -56,7 +56,7 @@ def _remedy(state: Any, fields: Sequence[str]) -> str:
 def no_transformation(name: str, value: Any) -> str:
     """Why `value`, which messages call `name`, is no transformation, and what to do."""
     hint = ""
-    if isinstance(value, list | tuple) and any(isinstance(one, optax.GradientTransformation) for one in value):
+    if isinstance(value, list | tuple) and any(isinstance(part, optax.GradientTransformation) for part in value):
         hint = "; unpack it with *, as in chain(*transformations)"
     elif callable(value):
         hint = f"; call it first: {getattr(value, '__name__', 'it')}(…)"
@@ -72,7 +72,7 @@ def pair_of(value: Any) -> optax.GradientTransformation | None:
     init, update = getattr(value, "init", None), getattr(value, "update", None)
     if isinstance(value, type) or not (callable(init) and callable(update)):
         return None
-    takes_more = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(update).parameters.values())
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(update).parameters.values())
     made = optax.GradientTransformationExtraArgs if takes_more else optax.GradientTransformation
     return made(init, update)  # pyright: ignore[reportArgumentType] (their types are the caller's)
 

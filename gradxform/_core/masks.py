@@ -69,13 +69,13 @@ def _meant(expression: re.Pattern[str], paths: tuple[str, ...]) -> str | None:
 def _candidates(text: str, paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Patterns that a user may have meant by one, the likely ones first, and how to write them."""
     names = list(dict.fromkeys(name for path in paths for name in path.split("/")))
-    near = [difflib.get_close_matches(text, some, n=1) for some in (paths, names)]
+    near = [difflib.get_close_matches(text, texts, n=1) for texts in (paths, names)]
     parts = "/".join(re.findall(r"\w+", text)), text.partition("/")[2]
     likely = [text, parts[0], *map(re.escape, near[0]), parts[1], *map(re.escape, near[1])]
     for pattern in filter(None, likely):
         whole = f"(?:{pattern})" if "|" in pattern else pattern
-        for one in (pattern, f"{whole}/.*", f".*/{whole}", f".*/{whole}/.*"):
-            yield one, repr(one)
+        for wider in (pattern, f"{whole}/.*", f".*/{whole}", f".*/{whole}/.*"):
+            yield wider, repr(wider)
         if set("*?") & set(pattern):
             yield glob(pattern).pattern, f"gx.glob({pattern!r})"
         yield f"(?i:{pattern})", repr(f"(?i:{pattern})")
@@ -287,8 +287,8 @@ def _function_of(mask: Callable[..., Any]) -> Predicate | WholeTree:
     except (TypeError, ValueError):
         parameters = None
     if parameters is not None:
-        required = [one for one in parameters if one.default is one.empty and one.kind not in _VARIADIC]
-        positional = all(one.kind is not one.KEYWORD_ONLY for one in required)
+        required = [p for p in parameters if p.default is p.empty and p.kind not in _VARIADIC]
+        positional = all(p.kind is not p.KEYWORD_ONLY for p in required)
         if positional and len(required) == 2:
             return Predicate(mask)
         if positional and len(required) == len(parameters) == 1:

@@ -48,11 +48,14 @@ def names_of_ends(paths: tuple[str, ...]) -> tuple[str | None, ...]:
     Args:
       paths: Those of all leaves, such as ``encoder/0/kernel``: what stands beside a query is attention.
     """
-    parts = list(map(_parts, paths))
+    split = list(map(_parts, paths))
     attentions = {
-        tuple(some[:place]) for some in parts for place, words in enumerate(some) if _QUERY.fullmatch("_".join(words))
+        tuple(parts[:place])
+        for parts in split
+        for place, words in enumerate(parts)
+        if _QUERY.fullmatch("_".join(words))
     }
-    return tuple(_name_of_an_end(some, attentions) for some in parts)
+    return tuple(_name_of_an_end(parts, attentions) for parts in split)
 
 
 def _name_of_an_end(parts: Sequence[tuple[str, ...]], attentions: set[tuple[tuple[str, ...], ...]]) -> str | None:
@@ -72,7 +75,7 @@ def _name_of_an_end(parts: Sequence[tuple[str, ...]], attentions: set[tuple[tupl
 def shape_of_an_end(path: str, sides: tuple[int, int]) -> bool:
     """Whether a matrix has the shape of an embedding or a head, and stands where they do."""
     short, long = sorted(sides)
-    return long >= LONG and long >= THIN * short and not _in_block(_parts(path)[:-1])
+    return long >= LONG and 0 < THIN * short <= long and not _in_block(_parts(path)[:-1])
 
 
 def _parts(path: str) -> list[tuple[str, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 from gradxform._core.rule import Array
 from gradxform._core.trees import is_complex
 
-_KINDS = ("each", "in", "out")
+_ROLES = ("each", "in", "out")
 _TOKEN = re.compile(r"(?:([1-9]\d*|\([1-9]\d*(?:\+[1-9]\d*)+\))\*(?=in|out))?(each|in|out)")
 
 
@@ -23,7 +23,8 @@ _TOKEN = re.compile(r"(?:([1-9]\d*|\([1-9]\d*(?:\+[1-9]\d*)+\))\*(?=in|out))?(ea
 class Axis:
     """One axis of a leaf: a side of its matrices, or the matrices' number; and the blocks that it consists of."""
 
-    kind: str
+    role: str
+    """``in``, ``out`` or ``each``."""
     parts: tuple[int, ...] = (1,)
     """How large the blocks are, relative to one another."""
 
@@ -73,7 +74,7 @@ class Layout:
     @functools.cached_property
     def even(self) -> Layout:
         """The layout of what `cut` gives."""
-        return Layout(self.text, tuple(Axis(axis.kind) if axis.uneven else axis for axis in self.axes))
+        return Layout(self.text, tuple(Axis(axis.role) if axis.uneven else axis for axis in self.axes))
 
     def cut(self, leaf: Array) -> list[Array]:
         """A leaf at the borders of its blocks of unequal sizes; itself, if there are none."""
@@ -101,7 +102,7 @@ class Layout:
         cuts = [
             np.diff([0, *axis.borders(n), n]) if axis.uneven else [n] for n, axis in zip(shape, self.axes, strict=True)
         ]
-        return {self.even.sides(tuple(map(int, some))) for some in itertools.product(*cuts)}
+        return {self.even.sides(tuple(map(int, sizes))) for sizes in itertools.product(*cuts)}
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many numbers go into one of the leaf's matrices, and how many come out."""
@@ -110,7 +111,7 @@ class Layout:
 
     def neurons(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one number per output: that of the leaf with the inputs of each matrix as one."""
-        return tuple(axis.blocks if axis.kind == "in" else size for size, axis in zip(shape, self.axes, strict=True))
+        return tuple(axis.blocks if axis.role == "in" else size for size, axis in zip(shape, self.axes, strict=True))
 
     def matrices(self, leaf: Array) -> Array:
         """All matrices of a leaf: (how many, in, out)."""
@@ -129,18 +130,18 @@ class Layout:
         return [n for size, blocks in pairs for n in ((blocks, size // blocks) if blocks > 1 else (size,))]
 
     @functools.cached_property
-    def _kinds(self) -> list[str]:
-        """The kind of each axis of the split shape: blocks are matrices of their own."""
-        return [kind for axis in self.axes for kind in (("each", axis.kind) if axis.blocks > 1 else (axis.kind,))]
+    def _roles(self) -> list[str]:
+        """The role of each axis of the split shape: blocks are matrices of their own."""
+        return [role for axis in self.axes for role in (("each", axis.role) if axis.blocks > 1 else (axis.role,))]
 
     @functools.cached_property
     def _order(self) -> list[int]:
-        return sorted(range(len(self._kinds)), key=lambda axis: _KINDS.index(self._kinds[axis]))
+        return sorted(range(len(self._roles)), key=lambda axis: _ROLES.index(self._roles[axis]))
 
     def _sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         split = self._split(shape)
         each, rows, columns = (
-            math.prod(size for size, own in zip(split, self._kinds, strict=True) if own == kind) for kind in _KINDS
+            math.prod(size for size, own in zip(split, self._roles, strict=True) if own == role) for role in _ROLES
         )
         return each, rows, columns
 
@@ -157,7 +158,7 @@ def _layout_of(text: str) -> Layout:
     words = re.sub(r"\s*([+*])\s*", r"\1", text).split()
     matches = [match for match in map(_TOKEN.fullmatch, words) if match]
     axes = tuple(Axis(match[2], _blocks(match[1])) for match in matches)
-    if len(axes) < len(words) or not {"in", "out"} <= {axis.kind for axis in axes}:
+    if len(axes) < len(words) or not {"in", "out"} <= {axis.role for axis in axes}:
         raise ValueError(
             f"layout {text!r} must be one word per axis: 'in', 'out', 'each' (a matrix per index), or such as '3*out' "
             "and '(32+8+8)*out' (blocks of equal and of unequal sizes, a matrix each), with an 'in' and an 'out' among "

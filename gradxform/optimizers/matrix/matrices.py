@@ -82,7 +82,7 @@ class MatrixTable(Table):
         reason = None
         if end:
             reason = f"name ({end})"
-        elif thin := next((one for one in sides if shape_of_an_end(path, one)), None):
+        elif thin := next((shape for shape in sides if shape_of_an_end(path, shape)), None):
             reason = f"shape ({thin[0]}×{thin[1]})"
         if reason:
             raise ValueError(
