@@ -2,7 +2,23 @@
 
 Every optimizer is θ ← θ − α·∇L with one idea added; each idea is one transformation, and `chain` makes
 whole optimizers of them.
+
+    tx = gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(1e-3))
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params)
+    params = gx.apply_updates(params, updates)
+
+Optimizers, such as `sgd`, `adam`, `adamw` and `muon`.
+Transformations, by their verbs: ``scale_by_…``, ``normalize_by_…``, ``clip_by_…``, ``add_…``, `orthogonalize`.
+Around transformations: `accumulate`, `skip_nonfinite`, `observe`, `quantize_state`, `compensated` and others.
+Composition: `chain`, `identity`, `by_path`, `freeze`, `glob`, `times`, `describe`.
+The training loop: `step`, `apply_updates`, `live`, `get_hyperparams`, `set_hyperparams`, `metrics`.
+Your own transformation: `lift`.
+
+A name of optax, torch or Keras that does not exist here raises with what it is called here.
 """
+
+import typing as _typing
 
 # Optimizers
 from gradxform.optimizers.adagrad import adagrad as adagrad
@@ -78,3 +94,22 @@ from gradxform.rules import lift as lift
 from gradxform.rules import no_slots as no_slots
 from gradxform.rules import non_negative as non_negative
 from gradxform.rules import positive as positive
+
+if _typing.TYPE_CHECKING:
+    __version__: str
+else:  # hidden from type checkers, for which every name would exist
+
+    def __getattr__(name: str) -> object:
+        """``__all__``, ``__version__``; and for a name that does not exist what it is called here."""
+        from gradxform._core.other_names import attribute
+
+        return attribute(name, globals())
+
+    def __dir__() -> list[str]:
+        """The public names, the modules for authors, and what every module has."""
+        return sorted(
+            {*__getattr__("__all__"), "__all__", "__version__", "numerics", "rules", *filter(_special, globals())}
+        )
+
+    def _special(name: str) -> bool:
+        return name.startswith("__")

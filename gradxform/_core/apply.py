@@ -10,6 +10,7 @@ import optax
 from gradxform._core import trees
 from gradxform._core.body import body_of
 from gradxform._core.call import Call
+from gradxform._core.explain import check_order
 from gradxform._core.leaves import Leaves, like_params
 
 
@@ -34,6 +35,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
       >>> print(gx.apply_updates({"w": jnp.ones(2)}, {"w": jnp.array([0.5, -0.5])}))
       {'w': Array([1.5, 0.5], dtype=float32)}
     """
+    check_order("apply_updates(params, updates)", params=params, updates=updates)
     given, structure = jax.tree.flatten(params)
     changes = like_params(updates, params, structure)
     leaves = Leaves.of(updates, params, [_adds_nothing(*pair) for pair in zip(given, changes, strict=True)])
@@ -82,5 +84,6 @@ def step(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, 
     """
     if params is None:
         raise ValueError("step needs the parameters: call step(tx, grads, state, params)")
+    check_order("step(tx, grads, state, params)", grads=grads, params=params)
     new_params, new_state, _ = body_of("tx of step", tx).step(grads, state, params, Call(extra_args, wants="params"))
     return new_params, new_state

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey
 
-from gradxform._core import trees
+from gradxform._core import explain, trees
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast
 from gradxform._core.encoded import EncodedParam, decoded
@@ -186,6 +186,7 @@ class Init:
     __name__ = "init"  # what profiles show of ``jax.jit(tx.init)``
 
     def __call__(self, params: Any) -> Any:
+        explain.check_order("init(params)", params=params)
         return spread(self.body.init(params), params)
 
 
@@ -198,6 +199,7 @@ class Update:
     __name__ = "update"  # what profiles show of ``jax.jit(tx.update)``
 
     def __call__(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        explain.check_order("update(updates, state, params)", updates=updates, params=params)
         updates, state, _ = self.body.step(updates, state, params, Call(extra_args))
         return updates, state
 
@@ -235,9 +237,11 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
 
 def body_of(name: str, tx: Any) -> Body:
-    """The body of a transformation, ours or any ``(init, update)`` pair; `name` is what the message calls it."""
+    """The body of a transformation, ours, any ``(init, update)`` pair or object with both; messages call it `name`."""
     if isinstance(tx, Transformation) and tx.whole:
         return tx.body
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
         return Foreign(tx if isinstance(tx, optax.GradientTransformation) else optax.GradientTransformation(*tx))
-    raise TypeError(f"{name} must be a transformation, an (init, update) pair, got {tx!r}")
+    if pair := explain.pair_of(tx):
+        return Foreign(pair)
+    raise TypeError(explain.no_transformation(name, tx))

@@ -19,6 +19,7 @@ from gradxform._core.body import Assigned, Body
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast, increment, slot_names
 from gradxform._core.encoded import EncodedParam
+from gradxform._core.explain import wrong_state
 from gradxform._core.hyperparameters import Hyperparameter, Live, evaluate
 from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
 from gradxform._core.leaves import Leaves, masked, no_update
@@ -233,10 +234,7 @@ class Chain(Body):
     def _check_state(self, state: Any) -> None:
         expected = self.state_type._fields
         if getattr(state, "_fields", None) != expected:
-            raise TypeError(
-                f"state is {type(state).__name__}{getattr(state, '_fields', '')}, this transformation's is "
-                f"State{expected}; pass what its own init or update returned"
-            )
+            raise TypeError(wrong_state("this transformation", state, f"State{expected}", expected))
         trees.check_scalar("state.count", state.count, np.integer)
         visible = [name for name, h in self.hyperparameters.items() if h.visible]
         if sorted(state.hyperparams) != sorted(visible):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ import optax
 
 from gradxform._core import trees
 from gradxform._core.body import Assigned, body_of
+from gradxform._core.folding import folded
 from gradxform._core.hyperparameters import Hyperparameter
 
 
@@ -197,26 +196,8 @@ def _nbytes(aval: Any) -> int:
 
 def _folded(leaves: Sequence[LeafDescription]) -> list[tuple[str, list[LeafDescription]]]:
     """Rows of leaves that only numbers in their paths tell apart, such as ``blocks/{0…11}/kernel``."""
-    alike: dict[Any, list[LeafDescription]] = {}
-    for leaf in leaves:
-        alike.setdefault((_NUMBER.sub("#", leaf.path), leaf.shape, leaf.dtype, leaf.state_bytes), []).append(leaf)
-    rows: list[tuple[str, list[LeafDescription]]] = []
-    for some in alike.values():
-        parts = [sorted(set(part), key=len) for part in zip(*(_NUMBER.split(leaf.path) for leaf in some), strict=True)]
-        whole = math.prod(map(len, parts)) == len(some)
-        rows += [("".join(map(_range, parts)), some)] if whole else [(leaf.path, [leaf]) for leaf in some]
-    return rows
-
-
-_NUMBER = re.compile(r"(\d+)")
-
-
-def _range(parts: list[str]) -> str:
-    if len(parts) == 1:
-        return parts[0]
-    numbers = sorted(map(int, parts))
-    consecutive = len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1
-    return f"{{{numbers[0]}…{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
+    rows = folded([leaf.path for leaf in leaves], [(leaf.shape, leaf.dtype, leaf.state_bytes) for leaf in leaves])
+    return [(path, [leaves[place] for place in places]) for path, places in rows]
 
 
 def _title(leaf: LeafDescription, usual: Mapping[str, Hyperparameter]) -> str:

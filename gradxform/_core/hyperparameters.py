@@ -214,6 +214,11 @@ def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
     return ranged(value, positive_range(), name)
 
 
+def bound(value: Numeric, name: str | None = None) -> Hyperparameter:
+    """A hyperparameter in (0, inf]: what nothing exceeds, infinity for no bound; see `fraction`."""
+    return ranged(value, Range(0.0, math.inf, closed_low=False, closed_high=True), name)
+
+
 def evaluate(named: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array], count: Any) -> dict[str, Any]:
     """This step's values by name: a float for a constant, else a 0-d array of at least float32."""
     name_of = {parameter: name for name, parameter in named.items()}
@@ -230,7 +235,8 @@ def evaluate(named: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
             value = stored.get(name, value.value)
         elif callable(value):
             value = _scheduled(f"the schedule for {name}", value, count)
-            check_range(f"the schedule for {name}", value, FINITE)
+            ends = Range(-math.inf, math.inf, closed_low=False, closed_high=parameter.within.closed_high)
+            check_range(f"the schedule for {name}", value, ends)
         return jnp.asarray(value, dtype=visible_dtype())
 
     return {name: one(parameter) for name, parameter in named.items()}

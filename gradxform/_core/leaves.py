@@ -14,6 +14,7 @@ import optax
 from gradxform._core import meshes, trees
 from gradxform._core.compiled import moved
 from gradxform._core.encoded import EncodedParam
+from gradxform._core.explain import OTHER_PARAMETERS
 from gradxform.numerics import arithmetic as numerics
 
 HOLE = optax.MaskedNode()
@@ -165,14 +166,13 @@ def column(name: str, tree: Any, structure: Any) -> list[Any]:
     slots, own = jax.tree.flatten(tree)
     if own == structure:
         return slots
-    remedy = "this state belongs to other parameters; call init(params) for these"
     try:
         parts = structure.flatten_up_to(tree)
     except ValueError:
-        trees.check_same_structure(name, own, "updates", structure, remedy)
+        trees.check_same_structure(name, own, "updates", structure, OTHER_PARAMETERS)
         raise
     if not all(isinstance(part, optax.MaskedNode) or jax.tree_util.all_leaves([part]) for part in parts):
-        trees.check_same_structure(name, own, "updates", structure, remedy)
+        trees.check_same_structure(name, own, "updates", structure, OTHER_PARAMETERS)
     return parts
 
 

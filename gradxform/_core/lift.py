@@ -16,7 +16,7 @@ from gradxform._core.rule import Array, Branch, Measure, Rule, Slots, Step
 from gradxform._core.stages import Stage, TreeStage
 
 
-def chain(*transformations: optax.GradientTransformation) -> Transformation:
+def chain(*transformations: optax.GradientTransformation | optax.MultiSteps) -> Transformation:
     """u ← tₙ(… t₂(t₁(g))): apply transformations one after the other, as one.
 
     Neighbouring transformations of this library become one pass over the tree with one ``count`` and one
@@ -24,7 +24,8 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     keep their state in the field ``inner``. `chain` is associative and `identity` is its unit.
 
     Args:
-      *transformations: Any number of ``(init, update)`` pairs.
+      *transformations: Any number of ``(init, update)`` pairs, or of objects that have both, such as
+        `optax.MultiSteps`.
 
     Raises:
       TypeError: if an argument is no such pair.
@@ -91,8 +92,7 @@ def lift(
         ``step.<name>`` and returns the next value under the same name. They are fields of the state.
       reports: Which of the scalars that `gather` returns `observe` shows.
       axis_name: Axes of a mesh; see `clip_by_global_norm`. It takes a `Measure` with ``across``.
-      mask: Which leaves the rule acts on: a tree of booleans (or a prefix of one), a callable
-        ``(path, leaf) -> bool``, or a regular expression that matches whole paths like ``dense/kernel``.
+      mask: Which leaves the rule acts on; see `add_decoupled_weight_decay`.
       whole: Whether `update` needs whole arrays, for a norm or a product of matrices: inside `jax.shard_map` a
         shard then raises.
       fits: ``fits(shape, dtype)`` tells what is wrong with a leaf, such as ``"has shape (3,), not two axes"``, for an

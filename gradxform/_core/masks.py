@@ -1,19 +1,33 @@
-"""Which leaves a rule acts on: a tree of booleans, a callable ``(path, leaf) -> bool`` or a path pattern."""
+"""Which leaves a rule acts on, and path patterns.
+
+A mask is a path pattern, a tree of booleans, a function ``(path, leaf) -> bool`` that is asked of each leaf, or a
+function ``(params) -> tree of booleans`` that is asked once. `mask_of` tells which; what it makes has a hash, and
+equals what it makes of an equal mask.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
 
 from gradxform._core import trees
+from gradxform._core.differences import difference
+from gradxform._core.folding import listed
 
-MaskLike: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | Any"
+MaskLike: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | Callable[[Any], Any] | Any"
+
+FORMS = (
+    "a mask is a path pattern, a tree of booleans, a function (path, leaf) -> bool that is asked of each leaf, or a "
+    "function (params) -> tree of booleans that is asked once"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +40,47 @@ class Pattern:
         paths = trees.paths(structure)
         chosen = [self.expression.fullmatch(path) is not None for path in paths]
         if paths and not any(chosen):
-            raise ValueError(
-                f"mask {self!r} matches none of the paths {', '.join(paths[:20])}; it must match a whole path"
-            )
+            raise ValueError(self.unmatched("mask", paths))
         return chosen
+
+    def unmatched(self, who: str, paths: tuple[str, ...]) -> str:
+        """What to say where it matches no path."""
+        meant = _meant(self.expression, paths)
+        remedy = f": did you mean {meant}?" if meant else ""
+        return f"{who} {self!r} matches none of the paths {listed(paths)}; it must match a whole path{remedy}"
 
     def __repr__(self) -> str:
         plain = self.expression == re.compile(self.expression.pattern)
         return repr(self.expression.pattern if plain else self.expression)
+
+
+def _meant(expression: re.Pattern[str], paths: tuple[str, ...]) -> str | None:
+    """The pattern nearest to one that matches nothing, written as Python; only one that matches a path."""
+    for text, written in _candidates(expression.pattern, paths):
+        try:
+            candidate = re.compile(text, expression.flags)
+        except re.error:
+            continue
+        if any(map(candidate.fullmatch, paths)):
+            return written
+    return None
+
+
+def _candidates(text: str, paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Patterns that a user may have meant by one, the likely ones first, and how to write them."""
+    names = list(dict.fromkeys(name for path in paths for name in path.split("/")))
+    near = [difflib.get_close_matches(text, texts, n=1) for texts in (paths, names)]
+    parts = "/".join(re.findall(r"\w+", text)), text.partition("/")[2]
+    likely = [text, parts[0], *map(re.escape, near[0]), parts[1], *map(re.escape, near[1])]
+    for pattern in filter(None, likely):
+        whole = f"(?:{pattern})" if "|" in pattern else pattern
+        for wider in (pattern, f"{whole}/.*", f".*/{whole}", f".*/{whole}/.*"):
+            yield wider, repr(wider)
+        if set("*?") & set(pattern):
+            yield glob(pattern).pattern, f"gx.glob({pattern!r})"
+        yield f"(?i:{pattern})", repr(f"(?i:{pattern})")
+    if text:
+        yield f".*(?:{text}).*", repr(f".*{text}.*" if "|" not in text else f".*(?:{text}).*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +95,15 @@ class Predicate:
     def _ask(self, path: str, leaf: Any) -> bool:
         try:
             return _boolean(f"mask({path!r}, leaf)", self.function(path, leaf))
-        except TypeError as error:
-            error.add_note("gradxform calls mask(path, leaf) -> bool once per leaf, with path like 'dense/kernel'")
+        except Exception as error:
+            error.add_note(
+                f"{self!r} has two arguments, so gradxform calls mask(path, leaf) -> bool once per leaf, with a path "
+                "like 'dense/kernel'"
+            )
             raise
 
     def __repr__(self) -> str:
-        return getattr(self.function, "__qualname__", repr(self.function))
+        return _name(self.function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +118,52 @@ class BooleanTree:
             return []
         try:
             parts = self.structure.flatten_up_to(params)
-        except ValueError as error:
-            raise ValueError(f"mask and params differ in structure: {error}") from None
+        except ValueError:
+            tree = self.structure.unflatten(self.leaves)
+            what = difference("mask", tree, "params", params, prefix=True) or "mask and params differ in structure"
+            raise ValueError(f"{what}; the mask must be a tree like the parameters, or a prefix of it") from None
         sizes = (len(jax.tree.leaves(part)) for part in parts)
         return [value for value, size in zip(self.leaves, sizes, strict=True) for _ in range(size)]
 
     def __repr__(self) -> str:
-        return repr(self.structure.unflatten(self.leaves))
+        text = repr(self.structure.unflatten(self.leaves))
+        few = len(text) <= 200
+        return text if few else f"<a tree of {len(self.leaves)} booleans, {sum(self.leaves)} of them True>"
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTree:
+    """Leaves where ``function(params)`` is true, a tree of booleans of the same structure as the parameters."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        if not leaves:  # as in `BooleanTree`
+            return []
+        try:
+            return self._checked(self.function(params), params, structure)
+        except Exception as error:
+            error.add_note(
+                f"{self!r} has one argument, so gradxform calls mask(params) once, with the whole tree; to be asked of "
+                "each leaf, a mask has two arguments, (path, leaf)"
+            )
+            raise
+
+    def _checked(self, answer: Any, params: Any, structure: Any) -> list[bool]:
+        values, own = jax.tree.flatten(answer)
+        if own != structure:
+            what = difference("mask(params)", answer, "params", params) or "mask(params) and params differ in structure"
+            raise ValueError(f"{what}; the answer of {self!r} must be a tree of booleans like the parameters")
+        return [
+            _boolean(trees.name_leaf("mask(params)", structure, index), value) for index, value in enumerate(values)
+        ]
+
+    def __repr__(self) -> str:
+        return _name(self.function)
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", repr(function))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +211,14 @@ def _groups(table: Table, structure: Any) -> tuple[int, ...]:
             both = " and ".join(repr(table.patterns[i]) for i in matches)
             raise ValueError(f"{table.who}: {both} both match {path!r}; make the patterns exclude one another")
         if not matches and not table.has_default:
+            shown = [*map(repr, table.patterns[:6]), *(["…"] if len(table.patterns) > 6 else [])]
             raise ValueError(
-                f"{table.who}: no pattern matches {path!r}, of {', '.join(map(repr, table.patterns))}; "
-                f"add one or give {table.default}="
+                f"{table.who}: no pattern matches {path!r}, of {', '.join(shown)}; add one or give {table.default}="
             )
         groups.append(matches[0] if matches else len(table.patterns))
     for i, pattern in enumerate(table.patterns):
         if paths and i not in groups:
-            raise ValueError(
-                f"{table.who}: pattern {pattern!r} matches none of the paths {', '.join(paths[:20])}; "
-                "it must match a whole path"
-            )
+            raise ValueError(pattern.unmatched(f"{table.who}: pattern", paths))
     return tuple(groups)
 
 
@@ -160,7 +246,7 @@ class Both:
         return [one and other for one, other in pairs]
 
 
-Mask: TypeAlias = Pattern | Predicate | BooleanTree | Members | Both
+Mask: TypeAlias = Pattern | Predicate | BooleanTree | WholeTree | Members | Both
 
 
 def mask_of(mask: MaskLike | None) -> Mask | None:
@@ -169,15 +255,59 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
         return None
     if isinstance(mask, str | re.Pattern):
         return _compiled("mask", mask)
-    if callable(mask):
-        return Predicate(cast(Callable[[str, Any], bool], mask))
-    if isinstance(mask, bool | np.bool_ | jax.Array):
+    leaves, structure = jax.tree.flatten(mask)
+    if callable(mask) and not _holds_booleans(mask, leaves, structure):
+        return _function_of(mask)
+    if jax.tree_util.treedef_is_leaf(structure):
         raise TypeError(
-            f"mask is the single value {mask}; give a tree of booleans, a callable or a pattern "
+            f"mask is the single value {_shown(mask)}; {FORMS} "
             "(optax.inject_hyperparams calls a mask as if it were a schedule: name it in static_args)"
         )
-    leaves, structure = jax.tree.flatten(mask)
-    return BooleanTree(structure, tuple(_boolean("every leaf of mask", leaf) for leaf in leaves))
+    named = ((trees.name_leaf("mask", structure, index), leaf) for index, leaf in enumerate(leaves))
+    return BooleanTree(structure, tuple(_boolean(name, leaf) for name, leaf in named))
+
+
+def _holds_booleans(mask: Any, leaves: list[Any], structure: Any) -> bool:
+    """Whether something callable is a tree of booleans all the same, such as an Equinox module of them."""
+    is_tree = bool(leaves) and not jax.tree_util.treedef_is_leaf(structure)
+    return is_tree and not isinstance(mask, jax.tree_util.Partial) and all(map(_is_boolean, leaves))
+
+
+def _function_of(mask: Callable[..., Any]) -> Predicate | WholeTree:
+    """The mask that a function is, by how many arguments it takes; raises if that does not tell."""
+    try:
+        hash(mask)
+    except TypeError:
+        raise TypeError(
+            f"mask is a {type(mask).__name__} without a hash, so equal optimizers could not be known; make it a frozen "
+            "dataclass, or pass a function"
+        ) from None
+    try:
+        parameters = list(inspect.signature(mask).parameters.values())
+    except (TypeError, ValueError):
+        parameters = None
+    if parameters is not None:
+        required = [p for p in parameters if p.default is p.empty and p.kind not in _VARIADIC]
+        positional = all(p.kind is not p.KEYWORD_ONLY for p in required)
+        if positional and len(required) == 2:
+            return Predicate(mask)
+        if positional and len(required) == len(parameters) == 1:
+            return WholeTree(mask)
+    name = _name(mask)
+    signature = "(…)" if parameters is None else f"({', '.join(map(_bare, parameters))})"
+    raise TypeError(
+        f"mask {name}{signature} does not say by its arguments how to ask it: {FORMS}. Wrap it: lambda params: "
+        f"{name}(params), or lambda path, leaf: {name}(path, leaf)"
+    )
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _bare(parameter: inspect.Parameter) -> str:
+    """A parameter without its annotation, and with a default that is not long."""
+    plain = parameter.replace(annotation=parameter.empty, default=parameter.empty)
+    return str(plain) if parameter.default is parameter.empty else f"{plain}={parameter.default!r:.20}"
 
 
 def _compiled(name: str, pattern: str | re.Pattern[str]) -> Pattern:
@@ -222,7 +352,15 @@ def glob(pattern: str) -> re.Pattern[str]:
 
 
 def _boolean(name: str, value: Any) -> bool:
+    if not _is_boolean(value):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return bool(value)
+
+
+def _is_boolean(value: Any) -> bool:
     known = trees.concrete(value) and isinstance(value, bool | np.bool_ | jax.Array | np.ndarray)
-    if known and np.shape(value) == () and np.asarray(value).dtype == bool:
-        return bool(value)
-    raise TypeError(f"{name} must be True or False, got {value!r}")
+    return known and np.shape(value) == () and np.asarray(value).dtype == bool
+
+
+def _shown(value: Any) -> str:
+    return trees.describe(value) if isinstance(value, jax.Array | np.ndarray) else f"{value!r:.60}"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from gradxform._core.arguments import Range, check_range, check_real
+from gradxform._core.explain import wrong_state
 from gradxform._core.trees import concrete
 
 
@@ -60,9 +61,7 @@ def unique_names(names: list[str]) -> list[str]:
 def check_state_type(who: str, state: Any, expected: type[Any]) -> None:
     """Raise unless `state` is of the class that `who` keeps its state in."""
     if not isinstance(state, expected):
-        raise TypeError(
-            f"state is {type(state).__name__}, {who}'s is {expected.__name__}; pass what its init or update returned"
-        )
+        raise TypeError(wrong_state(who, state, expected.__name__, expected._fields))
 
 
 def get_hyperparams(state: Any) -> dict[str, jax.Array]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from gradxform._core.differences import difference
+
 _BOX = jax.tree_util.GetAttrKey("value")
 
 ANEW = "call init(params) again"
@@ -122,7 +124,8 @@ def check_same_structure(argument: str, structure: Any, other: str, other_struct
     elif extra is not None:
         what = f"{argument}{extra} has no counterpart in {other}"
     else:
-        what = f"{argument} has structure {structure}, {other} has {other_structure}"
+        one, another = (tree.unflatten(range(tree.num_leaves)) for tree in (structure, other_structure))
+        what = difference(argument, one, other, another) or f"{argument} and {other} differ in structure"
     raise ValueError(f"{what}; {remedy}")
 
 

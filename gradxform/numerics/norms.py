@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform.numerics.arithmetic import Array, abs_squared, cast, largest_part, parts, smallest_normal
+from gradxform.numerics.arithmetic import Array, abs_squared, cast, is_constant, largest_part, parts, smallest_normal
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -164,11 +165,14 @@ def _saturated(size: Array, largest: Array) -> Array:
 
 
 def factor_to(size: Array, limit: Any) -> Array:
-    """What brings `size` down to `limit`: min(1, limit/size), NaN where the size is not finite."""
+    """What brings `size` down to `limit`: min(1, limit/size), NaN where the size is not finite; 1 if no limit is."""
+    if is_constant(limit, math.inf):
+        return jnp.ones_like(size)
     over = size > limit
     # not less than the smallest normal number, which would be flushed to zero
     above = jnp.where(over, jnp.maximum(limit, size * smallest_normal(size.dtype)), 1)
-    below = jnp.where(jnp.isfinite(size), jnp.where(over, size, 1), jnp.nan)
+    known = jnp.isfinite(size) if isinstance(limit, float) else jnp.isfinite(size) | jnp.isposinf(limit)
+    below = jnp.where(known, jnp.where(over, size, 1), jnp.nan)
     return above / below  # last: XLA divides once, and repeats what follows in the kernels of all leaves
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 
 from gradxform._core.arguments import count_of
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric, Option, fraction, non_negative, positive
+from gradxform._core.hyperparameters import Numeric, Option, bound, fraction, non_negative, positive
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.measures import GLOBAL_NORM, LEAF_NORMS
 from gradxform._core.rule import Array, Slots, Step, no_slots
-from gradxform.numerics.arithmetic import lerp, root
+from gradxform.numerics.arithmetic import is_constant, lerp, root
 from gradxform.numerics.norms import factor_to, norm
 
 
@@ -27,7 +28,7 @@ def clip_by_param_norm(
     one unit.
 
     Args:
-      max_ratio: c > 0.
+      max_ratio: c > 0; infinity changes nothing.
       eps: ε ≥ 0, the least norm of a unit of parameters, so that those starting at zero can move.
       axis: The axes that number the units: −1 for kernels of shape (…, in, out), as Flax and Haiku have them, 0 for
         (out, in, …), as Equinox and torch have them, (−2, −1) for (in, heads, out).
@@ -56,7 +57,7 @@ def clip_by_param_norm(
         mask=mask,
         whole=True,
         needs_params=True,
-        max_ratio=positive(max_ratio),
+        max_ratio=bound(max_ratio),
         eps=non_negative(eps),
         axis=Option(_axes(axis)),
     )
@@ -80,7 +81,7 @@ def clip_by_zscore(
       threshold: c > 0, in standard deviations.
       decay: Of the moving averages, in [0, 1).
       warmup: How many steps are only recorded, and clipped to ``max_norm``, at least 1.
-      max_norm: b > 0, which no norm exceeds; None for no such bound.
+      max_norm: b > 0, which no norm exceeds; None or infinity for no such bound.
       eps: ε ≥ 0.
       axis_name: See `clip_by_global_norm`.
 
@@ -116,7 +117,7 @@ def clip_by_zscore(
         threshold=positive(threshold),
         decay=fraction(decay),
         warmup=Option(count_of("warmup", warmup)),
-        max_norm=None if max_norm is None else positive(max_norm),
+        max_norm=None if max_norm is None else bound(max_norm),
         eps=non_negative(eps),
     )
 
@@ -136,10 +137,10 @@ def clip_by_average_norm(
     least norm of the leaf, zeros left out. Norms that are not finite do not enter γ.
 
     Args:
-      max_ratio: c > 0, how much longer than usual a leaf may be.
+      max_ratio: c > 0, how much longer than usual a leaf may be; infinity for no bound.
       decay: β in [0, 1).
       warmup: Number of the first step whose bound is the leaf's own, at least 1; a leaf's first gradient never is.
-      max_norm: The bound of the global norm before that, positive.
+      max_norm: The bound of the global norm before that, positive; infinity for none.
       eps: The least γ that counts, ≥ 0.
       axis_name: See `clip_by_global_norm`.
 
@@ -169,10 +170,10 @@ def clip_by_average_norm(
         measure=LEAF_NORMS,
         gather=_gather_average,
         axis_name=axis_name,
-        max_ratio=positive(max_ratio),
+        max_ratio=bound(max_ratio),
         decay=fraction(decay),
         warmup=Option(count_of("warmup", warmup)),
-        max_norm=positive(max_norm),
+        max_norm=bound(max_norm),
         eps=non_negative(eps),
     )
 
@@ -197,6 +198,8 @@ def _clip_units(update: Array, state: Slots, param: Array | None, step: Step) ->
                 "leave such a leaf out with mask="
             )
         axes = tuple(axis for axis in range(update.ndim) if axis not in units)
+    if is_constant(step.max_ratio, math.inf):
+        return update, state
     limit = step.max_ratio * jnp.maximum(norm(param, axes), step.eps)
     return update * factor_to(norm(update, axes), limit), state
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric, positive
+from gradxform._core.hyperparameters import Numeric, bound
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.measures import GLOBAL_NORM
 from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform.numerics.arithmetic import is_constant
 from gradxform.numerics.norms import factor_to, norm
 
 
@@ -20,10 +22,10 @@ def clip_by_value(max_value: Numeric) -> Transformation:
     """u ← min(max(u, −c), c), element by element; complex elements keep their phase.
 
     Args:
-      max_value: c > 0.
+      max_value: c > 0; infinity changes nothing.
 
     Raises:
-      TypeError, ValueError: if ``max_value`` is no positive number.
+      TypeError, ValueError: if ``max_value`` is not in (0, inf].
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,17 +34,17 @@ def clip_by_value(max_value: Numeric) -> Transformation:
       >>> print(tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))[0])
       [ 1.  -0.5]
     """
-    return lift(no_slots, _clip, constructor=clip_by_value, at_most="max_value", max_value=positive(max_value))
+    return lift(no_slots, _clip, constructor=clip_by_value, at_most="max_value", max_value=bound(max_value))
 
 
 def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
     """u ← u·min(1, c/‖u‖₂), for each leaf by its own norm.
 
     Args:
-      max_norm: c > 0.
+      max_norm: c > 0; infinity changes nothing.
 
     Raises:
-      TypeError, ValueError: if ``max_norm`` is no positive number, or inside `jax.shard_map` a leaf is a shard.
+      TypeError, ValueError: if ``max_norm`` is not in (0, inf], or inside `jax.shard_map` a leaf is a shard.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,7 +53,7 @@ def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
       >>> print(tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0])
       [0.6 0.8]
     """
-    limit = positive(max_norm)
+    limit = bound(max_norm)
     return lift(no_slots, _clip_leaf, constructor=clip_by_leaf_norm, whole=True, at_most="max_norm", max_norm=limit)
 
 
@@ -64,7 +66,7 @@ def clip_by_global_norm(
     are the clipped updates, rather than zero. Frozen leaves do not count.
 
     Args:
-      max_norm: c > 0.
+      max_norm: c > 0; infinity changes nothing.
       axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes over which leaves are sharded: the norm is
         that of the whole leaves. Leaves that `shard_map` knows to be replicated count once; where JAX does not
         track that (``pmap``, ``check_vma=False``) every leaf counts as sharded, and without ``axis_name`` none does:
@@ -72,7 +74,7 @@ def clip_by_global_norm(
       mask: Which leaves count and are clipped; see `add_decoupled_weight_decay`.
 
     Raises:
-      TypeError, ValueError: if ``max_norm`` is no positive number, or a leaf is sharded over an axis that
+      TypeError, ValueError: if ``max_norm`` is not in (0, inf], or a leaf is sharded over an axis that
         ``axis_name`` does not name.
 
     References:
@@ -97,17 +99,21 @@ def clip_by_global_norm(
         axis_name=axis_name,
         mask=mask,
         at_most="max_norm",
-        max_norm=positive(max_norm),
+        max_norm=bound(max_norm),
     )
 
 
 def _clip(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    if is_constant(step.max_value, math.inf):
+        return update, state
     if jnp.iscomplexobj(update):
         return update * factor_to(jnp.abs(update), step.max_value), state
     return jnp.clip(update, -step.max_value, step.max_value), state
 
 
 def _clip_leaf(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+    if is_constant(step.max_norm, math.inf):
+        return update, state
     return update * factor_to(norm(update), step.max_norm), state
 
 

@@ -17,12 +17,18 @@ def add_decoupled_weight_decay(weight_decay: Numeric = 1e-4, mask: MaskLike | No
 
     Args:
       weight_decay: λ ≥ 0, per unit of learning rate.
-      mask: Which leaves decay: a tree of booleans (or a prefix of one), a callable ``(path, leaf) -> bool``,
-        or a regular expression that matches whole paths like ``dense/kernel``; default all.
+      mask: Which leaves decay, default all; one of four:
+
+        - a path pattern: a regular expression, a string or compiled, that matches whole paths like ``dense/kernel``;
+        - a tree of booleans, or a prefix of one. It is read as a tree even if it can be called, as Equinox modules can;
+        - a function ``(path, leaf) -> bool``, asked of each leaf: two required arguments, any number of others;
+        - a function ``(params) -> tree of booleans``, asked once: one argument and no other. It gets the parameters as
+          ``init`` and ``update`` get them, also in a group of `by_path` and beside frozen leaves, and answers for every
+          leaf; what `optax.masked` leaves out is an `optax.MaskedNode` in both.
 
     Raises:
-      TypeError, ValueError: if ``weight_decay`` is negative, ``mask`` fits no leaf or another tree, or
-        ``update`` is called without params.
+      TypeError, ValueError: if ``weight_decay`` is negative, ``mask`` is none of these, fits no leaf or another tree,
+        or ``update`` is called without params.
 
     References:
       Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2 (line 12, with η·λ for the schedule times λ).

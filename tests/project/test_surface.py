@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import os
 import pathlib
+import pydoc
 import re
 import subprocess
 import sys
@@ -28,6 +30,39 @@ def test_the_surface_is_what_the_file_exports():
     visible = {name for name, value in vars(gx).items() if name[0] != "_" and not isinstance(value, types.ModuleType)}
     assert visible == set(PUBLIC)
     assert len(PUBLIC) == len(set(PUBLIC))
+
+
+def test_all_and_dir_follow_the_file():
+    assert gx.__all__ == PUBLIC
+    everything: dict[str, object] = {}
+    exec("from gradxform import *", everything)
+    assert {name for name in everything if name[0] != "_"} == set(PUBLIC)
+    shown = {name for name in dir(gx) if not name.startswith("__")}
+    assert shown == {*PUBLIC, "numerics", "rules"}
+    assert {"__all__", "__doc__", "__version__"} <= set(dir(gx))
+
+
+def test_the_version_is_that_which_is_installed(monkeypatch):
+    assert gx.__version__ == importlib.metadata.version("gradxform")
+
+    def none(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    assert gx.__version__ == "0+unknown"
+
+
+def test_help_shows_the_groups_and_every_name():
+    shown = pydoc.plain(pydoc.render_doc(gx))
+    assert inspect.getdoc(gx).splitlines()[0] in shown
+    assert gx.__version__ in shown.partition("VERSION")[2]
+    listed = shown.partition("CLASSES")[2]
+    assert [name for name in PUBLIC if not re.search(rf"\b{name}\b", listed)] == []
+
+
+def test_the_docstring_names_what_exists():
+    named = re.findall(r"(?<!`)`(\w+)`(?!`)|gx\.(\w+)", gx.__doc__)
+    assert {one or other for one, other in named} <= set(PUBLIC)
 
 
 def test_public_things_know_their_own_name():
@@ -78,7 +113,8 @@ def test_the_package_is_typed():
 
 def test_importing_it_imports_no_framework():
     foreign = "flax haiku equinox torch keras tensorflow sklearn matplotlib rich hypothesis pytest"
-    report = f"import gradxform, sys; print([name for name in {foreign.split()} if name in sys.modules])"
+    later = f"{foreign} gradxform._core.other_names"
+    report = f"import gradxform, sys; print([name for name in {later.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -13,11 +13,15 @@ import optax
 from gradxform._core import trees
 from gradxform._core.body import Transformation
 from gradxform._core.chain import Chain
+from gradxform._core.folding import listed
 from gradxform._core.groups import own_group
 from gradxform._core.lift import stages_of
 from gradxform._core.masks import Table, table_of
 from gradxform._core.stages import Group, Groups
+from gradxform.optimizers.matrix.hidden import names_of_ends, shape_of_an_end
 from gradxform.optimizers.matrix.layouts import Layout, layout_of
+
+_LOG = logging.getLogger("gradxform")
 
 Matrices: TypeAlias = "str | re.Pattern[str] | Mapping[str | re.Pattern[str], str]"
 
@@ -49,25 +53,50 @@ class MatrixTable(Table):
     """Groups of leaves that are matrices, by patterns of which a whole path goes before a wildcard."""
 
     layouts: tuple[Layout, ...] = ()
+    told: set[Any] = dataclasses.field(default_factory=set[Any], compare=False, repr=False)
+    """What was logged of this table, so that it is logged once."""
 
     def matches(self, path: str) -> list[int]:
         exact = [i for i in range(len(self.patterns)) if self._names_whole(i, path)]
         return exact or super().matches(path)
 
     def check(self, groups: frozenset[int], leaves: list[Any], structure: Any) -> None:
-        """Raise if a leaf has not its layout, or is an embedding or a head by name and taken by a wildcard only."""
+        """Raise if a leaf has not its layout, or is an embedding or a head and taken by a wildcard only."""
         paths = trees.paths(structure)
-        for path, leaf, group in zip(paths, leaves, self(structure), strict=True):
+        by_wildcard: dict[int, list[str]] = {}
+        for path, end, leaf, group in zip(paths, names_of_ends(paths), leaves, self(structure), strict=True):
             if group not in groups or group >= len(self.layouts):
                 continue
-            if (word := _not_hidden(path)) and not self._names_whole(group, path):
-                raise ValueError(
-                    f"{self.who}: {self.patterns[group]!r} takes {path!r}, by its name ({word}) an embedding or a "
-                    "head, which are no hidden matrices; write the whole path in matrices if you mean it, or let the "
-                    "pattern pass it over, so that other= takes it"
-                )
-            if misfit := self.layouts[group].misfit(*trees.aval(leaf)):
+            shape, dtype = trees.aval(leaf)
+            misfit = self.layouts[group].misfit(shape, dtype)
+            if not self._names_whole(group, path):
+                by_wildcard.setdefault(group, []).append(path)
+                self._check_hidden(group, path, end, set() if misfit else self.layouts[group].all_sides(shape))
+            if misfit:
                 raise ValueError(f"{self.who}: {path!r} {misfit}, or let other= take the leaf")
+        for group, taken in by_wildcard.items():
+            self._tell(group, tuple(taken), len(paths))
+
+    def _check_hidden(self, group: int, path: str, end: str | None, sides: set[tuple[int, int]]) -> None:
+        """Raise if a leaf that a wildcard takes looks like an embedding or a head."""
+        reason = None
+        if end:
+            reason = f"name ({end})"
+        elif thin := next((shape for shape in sides if shape_of_an_end(path, shape)), None):
+            reason = f"shape ({thin[0]}×{thin[1]})"
+        if reason:
+            raise ValueError(
+                f"{self.who}: {self.patterns[group]!r} takes {path!r}, by its {reason} an embedding or a head, which "
+                "are no hidden matrices; write the whole path in matrices if you mean it, or let the pattern pass it "
+                "over, so that other= takes it"
+            )
+
+    def _tell(self, group: int, taken: tuple[str, ...], number: int) -> None:
+        """Log what a wildcard takes, the first time that it takes it: at `init`."""
+        if (group, taken) not in self.told:
+            self.told.add((group, taken))
+            where = listed(taken)
+            _LOG.info("%s: %r takes %d of %d leaves: %s", self.who, self.patterns[group], len(taken), number, where)
 
     def order(self) -> list[int]:
         """The matrices first: `other` has the numbered names."""
@@ -79,18 +108,3 @@ class MatrixTable(Table):
 
     def _names_whole(self, pattern: int, path: str) -> bool:
         return self.patterns[pattern].expression.pattern in (path, re.escape(path))
-
-
-_ANYWHERE = re.compile("(un)?embed(s|der|dings?)?|wte|wpe|vocab|logits?")
-_LAST = re.compile("head|tokens?|positions?")
-
-
-@functools.lru_cache(maxsize=65536)
-def _not_hidden(path: str) -> str | None:
-    """The word in a path that tells an embedding or a head: `head_0` does, `heads` and `multi_head_attention` don't."""
-    for part in path.split("/"):
-        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
-        found = [w for w in words if _ANYWHERE.fullmatch(w)] + [w for w in words[-1:] if _LAST.fullmatch(w)]
-        if found:
-            return found[0]
-    return None

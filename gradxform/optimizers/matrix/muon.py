@@ -56,9 +56,18 @@ def muon(
 
     Raises:
       TypeError, ValueError: see `orthogonalize` and `by_path`; and in `init` and ``update`` if a leaf has not its
-        layout, or if a pattern that is not its whole path takes a leaf with an embedding's or a head's name: a part of
-        the path with one of the words embed, embedder, embedding, unembed, wte, wpe, vocab, logit, or with head,
-        token or position as its last word; numbers do not count.
+        layout, or if a pattern that is not its whole path takes what looks like an embedding or a head:
+
+        - a word in its path ends in *emb*, *embed*, *embedding* and the like, begins with *vocab* or *classif*,
+          contains *logit*, or is *wte*, *wpe* or *codebook*;
+        - a part of its path ends with the word *head*, *token* or *position* (*multi_head* does not count), or tells a
+          table of positions in another way;
+        - a part is *output*, *readout*, *prediction*, *final* or *last*, alone or with words such as *layer* and
+          *proj*, and neither inside a block, a numbered layer or an attention, nor beside a query; or it is *out* at
+          the top;
+        - outside blocks, one of its matrices has an axis of 4096 or more that is 16 times the other or more.
+
+        Other names and shapes tell nothing. What a pattern took is logged once, at INFO (logger ``gradxform``).
 
     References:
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025, arXiv 2502.16982

@@ -72,7 +72,15 @@ class _Init:
 
 def _divide(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
     layout = layout_of(step.layout)
-    matrices, nu = layout.matrices(update), layout.matrices(state["nu"])
+    pairs = zip(layout.cut(update), layout.cut(state["nu"]), strict=True)
+    updates, nus = zip(*(_divide_even(layout.even, piece, nu, step) for piece, nu in pairs), strict=True)
+    return layout.joined(list(updates)), {"nu": layout.joined(list(nus))}
+
+
+def _divide_even(layout: Layout, update: Array, nu: Array, step: Step) -> tuple[Array, Array]:
+    """The same for a leaf, or a piece of one, without blocks of unequal sizes."""
+    shape = nu.shape
+    matrices, nu = layout.matrices(update), layout.matrices(nu)
     bounded = clamp(matrices, largest_square(update.dtype))
     inputs = max(1, matrices.shape[1])
     squares = jnp.sum(jnp.square(bounded) / inputs + zero_if_finite(matrices), axis=1, keepdims=True)
@@ -81,4 +89,4 @@ def _divide(update: Array, state: Slots, param: Array | None, step: Step) -> tup
     even = matrices / jnp.where(divisor == 0, 1, divisor)
     size = norm(even, (1, 2))
     kept = even * (norm(matrices, (1, 2)) / jnp.where(size == 0, 1, size))
-    return layout.leaf(kept, update.shape), {"nu": layout.leaf(nu, state["nu"].shape)}
+    return layout.leaf(kept, update.shape), layout.leaf(nu, shape)

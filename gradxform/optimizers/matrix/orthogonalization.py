@@ -45,7 +45,8 @@ def orthogonalize(
       layout: What each axis of a leaf is, one word per axis: ``in`` and ``out`` are the sides of the matrix (several
         of one kind count as one, so ``in in in out`` is a convolution's kernel in JAX); ``each`` has a matrix per
         index (layers of a scan, experts, heads); ``3*out`` consists of three blocks, each with a matrix of its own
-        (fused query, key and value). Kernels are ``in out`` in Flax and Haiku, ``out in`` in Equinox and PyTorch.
+        (fused query, key and value); ``(32+8+8)*out`` of three whose sizes are as 32 to 8 to 8 (grouped queries, in
+        heads or in columns). Kernels are ``in out`` in Flax and Haiku, ``out in`` in Equinox and PyTorch.
       method: How:
 
         - ``"newton_schulz"``, Jordan's quintic, ends between 0.68 and 1.21 for singular values from 0.002 to 1 of
@@ -108,7 +109,6 @@ def orthogonalize(
 
 
 def _orthogonalize(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    layout = layout_of(step.layout)
     if update.size == 0:
         return update, state
     polynomials = _METHODS[step.method](step.steps) if step.coefficients is None else step.coefficients
@@ -116,8 +116,13 @@ def _orthogonalize(update: Array, state: Slots, param: Array | None, step: Step)
     factor = functools.partial(
         _polar_factor, eps=step.eps, polynomials=polynomials, gram=step.method == "gram", dtype=step.dtype
     )
-    directions = layout.leaf(_one_by_one(factor, layout.matrices(update)), update.shape)
-    return directions if step.scale is None else _SCALES[step.scale](*layout.sides(update.shape)) * directions, state
+    layout = layout_of(step.layout)
+
+    def direction(piece: Array) -> Array:
+        result = layout.even.leaf(_one_by_one(factor, layout.even.matrices(piece)), piece.shape)
+        return result if step.scale is None else _SCALES[step.scale](*layout.even.sides(piece.shape)) * result
+
+    return layout.joined(list(map(direction, layout.cut(update)))), state
 
 
 _SCALES: dict[str, Callable[[int, int], float]] = {

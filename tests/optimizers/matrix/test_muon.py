@@ -168,6 +168,18 @@ def parts(layout, update):
         return list(update.transpose(1, 0, 2)), lambda some: np.stack(some).transpose(1, 0, 2)
     if layout == "in out each":
         return list(update.transpose(2, 0, 1)), lambda some: np.stack(some, axis=-1)
+    if layout in ("in (4+1+1)*out", "in (8 + 2 + 2) * out"):
+        return np.split(update, (8, 10), axis=1), lambda some: np.concatenate(some, axis=1)
+    if layout == "(2+1)*in out":
+        return np.split(update, (6,), axis=0), np.concatenate
+    if layout == "each (1+2)*in 2*out":
+        cut = [half for one in update for side in np.split(one, (2,), axis=0) for half in np.split(side, 2, axis=1)]
+
+        def together(some):
+            sides = [np.concatenate(some[i : i + 2], axis=1) for i in range(0, len(some), 2)]
+            return np.stack([np.concatenate(sides[i : i + 2], axis=0) for i in range(0, len(sides), 2)])
+
+        return cut, together
     if layout == "in 3*out":
         return np.split(update, 3, axis=1), lambda some: np.concatenate(some, axis=1)
     if layout == "2*in out":
@@ -189,6 +201,10 @@ SHAPES = {
     "in each out": (4, 3, 6),
     "in out each": (4, 6, 3),
     "in 3*out": (4, 18),
+    "in (4+1+1)*out": (4, 12),
+    "in (8 + 2 + 2) * out": (4, 12),
+    "(2+1)*in out": (9, 4),
+    "each (1+2)*in 2*out": (2, 6, 8),
     "2*in out": (8, 6),
     "each in 3*out": (2, 4, 18),
     "in in in out": (2, 3, 2, 5),
@@ -206,6 +222,16 @@ def test_a_leaf_of_matrices_is_its_matrices(layout):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE["float32"])
 
 
+def test_queries_that_share_keys_and_values_are_three_leaves_of_their_own():
+    qkv = jnp.asarray(draw(16, 48))
+    fused = gx.normuon(0.02, {"qkv": "in (32+8+8)*out"}, weight_decay=0.1)
+    apart = gx.normuon(0.02, ".", weight_decay=0.1)
+    pieces = dict(zip("qkv", jnp.split(qkv, (32, 40), axis=1), strict=True))
+    expected = apply(apart, pieces, pieces)
+    together = jnp.concatenate([expected[name] for name in "qkv"], axis=1)
+    np.testing.assert_allclose(apply(fused, {"qkv": qkv}, {"qkv": qkv})["qkv"], together, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("layout", SHAPES)
 def test_neurons_of_a_leaf_of_matrices_are_its_matrices(layout):
     updates = draw(3, *SHAPES[layout])
@@ -220,7 +246,23 @@ def test_neurons_of_a_leaf_of_matrices_are_its_matrices(layout):
     assert state.nu.size == sum(one.shape[1] for one in parts(layout, updates[0])[0])
 
 
-@pytest.mark.parametrize("layout", ["", "in", "each out", "in out foo", "in 3*each out", "in 0*out", "in*2 out", "out"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "",
+        "in",
+        "each out",
+        "in out foo",
+        "in 3*each out",
+        "in 0*out",
+        "in*2 out",
+        "out",
+        "in (3)*out",
+        "in (3+0)*out",
+        "in 3+2*out",
+        "(2+1)*each in out",
+    ],
+)
 def test_layouts_that_are_none(layout):
     for build in (gx.orthogonalize, functools.partial(gx.normalize_by_neuron, layout=layout)):
         with pytest.raises(ValueError, match=r"layout .* must be one word per axis: 'in', 'out', 'each'"):
@@ -235,6 +277,11 @@ def test_a_leaf_that_has_not_the_layout_says_both_and_the_remedy(tx):
         apply(tx, {"a": jnp.ones((3, 6)), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"\(3, 8\), and the layout 'in 3\*out' cuts axis 1 into 3 equal blocks"):
         apply(tx, jnp.ones((3, 8)))
+    uneven = gx.orthogonalize("in (4+1+1)*out")
+    with pytest.raises(
+        ValueError, match=r"\(3, 8\), and the layout 'in \(4\+1\+1\)\*out' cuts axis 1 into .* as 4:1:1"
+    ):
+        apply(uneven, jnp.ones((3, 8)))
     with pytest.raises(ValueError, match=r"updates is complex64\[3, 6\]; matrices must be real"):
         apply(tx, jnp.ones((3, 6), complex))
 
@@ -292,7 +339,7 @@ def test_optimizer_walks_with_its_twin(name, options, dtype):
 MODEL = {
     "embed": jnp.asarray(draw(9, 4, seed=3)),
     "layers": {"qkv": jnp.asarray(draw(2, 4, 12, seed=4)), "scale": jnp.ones((2, 4))},
-    "out": {"kernel": jnp.asarray(draw(4, 6, seed=5)), "bias": jnp.zeros(6)},
+    "mlp": {"kernel": jnp.asarray(draw(4, 6, seed=5)), "bias": jnp.zeros(6)},
 }
 GRADS = jax.tree.map(lambda leaf: jnp.asarray(draw(*leaf.shape, seed=6)), MODEL)
 LAYOUTS = {"layers/qkv": "each in 3*out", ".*/kernel": "in out"}
@@ -302,8 +349,8 @@ def test_each_leaf_gets_what_its_group_gets_alone():
     updates = apply(gx.muon(0.02, LAYOUTS, gx.adamw(3e-4), weight_decay=0.1), GRADS, MODEL)
     for pick, tx in (
         (lambda tree: tree["layers"]["qkv"], gx.muon(0.02, {"": "each in 3*out"}, weight_decay=0.1)),
-        (lambda tree: tree["out"]["kernel"], gx.muon(0.02, "", weight_decay=0.1)),
-        (lambda tree: {"b": tree["out"]["bias"], "e": tree["embed"], "s": tree["layers"]["scale"]}, gx.adamw(3e-4)),
+        (lambda tree: tree["mlp"]["kernel"], gx.muon(0.02, "", weight_decay=0.1)),
+        (lambda tree: {"b": tree["mlp"]["bias"], "e": tree["embed"], "s": tree["layers"]["scale"]}, gx.adamw(3e-4)),
     ):
         assert_same(pick(updates), apply(tx, pick(GRADS), pick(MODEL)))
 
@@ -311,7 +358,7 @@ def test_each_leaf_gets_what_its_group_gets_alone():
 def test_one_state_with_the_matrices_moments_and_the_others():
     state = gx.normuon(gx.live(0.02), LAYOUTS, gx.adamw(rate)).init(MODEL)
     assert state._fields == ("count", "hyperparams", "mu", "mu_2", "nu", "nu_2", "nu_3")  # a nu per layout
-    assert state.mu["out"] == {"kernel": state.mu["out"]["kernel"], "bias": optax.MaskedNode()}
+    assert state.mu["mlp"] == {"kernel": state.mu["mlp"]["kernel"], "bias": optax.MaskedNode()}
     assert state.nu["layers"]["qkv"].shape == (2, 1, 12)
     assert isinstance(state.mu_2["layers"]["qkv"], optax.MaskedNode)
     assert list(state.hyperparams) == ["learning_rate", "other/learning_rate"]
@@ -323,7 +370,7 @@ def test_learning_rates_are_live_and_scheduled_each_on_its_own():
     updates, _ = jax.jit(tx.update)(GRADS, state, MODEL)
     np.testing.assert_allclose(updates["embed"], -0.25 * GRADS["embed"], rtol=1e-6)
     expected = apply(gx.muon(0.04, LAYOUTS, gx.sgd(0.25)), GRADS, MODEL)
-    np.testing.assert_allclose(updates["out"]["kernel"], expected["out"]["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(updates["mlp"]["kernel"], expected["mlp"]["kernel"], rtol=1e-6)
     one = gx.live(0.02)
     assert list(gx.muon(one, LAYOUTS, gx.sgd(one)).init(MODEL).hyperparams) == ["learning_rate"]
 
@@ -335,16 +382,16 @@ def test_describe_shows_who_gets_what_and_how_its_axes_are_read():
         "embed": "other",
         "layers/qkv": "layers/qkv (muon, each in 3*out)",
         "layers/scale": "other",
-        "out/bias": "other",
-        "out/kernel": ".*/kernel (muon, in out)",
+        "mlp/bias": "other",
+        "mlp/kernel": ".*/kernel (muon, in out)",
     }
     rates = {leaf.path: leaf.hyperparameters["learning_rate"].value for leaf in found.leaves}
-    assert (rates["out/kernel"], rates["embed"]) == (0.02, 3e-4)
+    assert (rates["mlp/kernel"], rates["embed"]) == (0.02, 3e-4)
 
 
 def test_jit_is_eager_scan_is_loop_and_vmap_is_loop():
     tx = gx.normuon(gx.live(0.02), {"qkv": "each in 3*out"}, gx.sgd(1.0), method="gram")
-    params, grads = ({"qkv": tree["layers"]["qkv"], "b": tree["out"]["bias"]} for tree in (MODEL, GRADS))
+    params, grads = ({"qkv": tree["layers"]["qkv"], "b": tree["mlp"]["bias"]} for tree in (MODEL, GRADS))
     same = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6))
     state = tx.init(params)
     first, after = tx.update(grads, state, params)
@@ -387,11 +434,11 @@ def test_one_norm_over_all_leaves_around_and_inside():
     factor = 0.1 / optax.tree.norm(GRADS)
     np.testing.assert_allclose(around["embed"], -factor * GRADS["embed"], rtol=1e-6)
     inside = of(gx.muon(0.02, LAYOUTS, gx.chain(clip, gx.sgd(1.0))))
-    alone = {"b": GRADS["out"]["bias"], "e": GRADS["embed"], "s": GRADS["layers"]["scale"]}
+    alone = {"b": GRADS["mlp"]["bias"], "e": GRADS["embed"], "s": GRADS["layers"]["scale"]}
     np.testing.assert_allclose(inside["embed"], -0.1 / optax.tree.norm(alone) * GRADS["embed"], rtol=1e-6)
-    frozen = of(gx.chain(gx.freeze("out/.*"), clip, gx.muon(0.02, LAYOUTS, gx.sgd(1.0))))
-    assert not np.any(frozen["out"]["kernel"])
-    rest = optax.tree.norm({name: leaf for name, leaf in GRADS.items() if name != "out"})
+    frozen = of(gx.chain(gx.freeze("mlp/.*"), clip, gx.muon(0.02, LAYOUTS, gx.sgd(1.0))))
+    assert not np.any(frozen["mlp"]["kernel"])
+    rest = optax.tree.norm({name: leaf for name, leaf in GRADS.items() if name != "mlp"})
     np.testing.assert_allclose(frozen["embed"], -0.1 / rest * GRADS["embed"], rtol=1e-6)
 
 
@@ -415,42 +462,16 @@ def test_any_transformation_takes_the_others():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, theirs)
     still = apply(gx.muon(0.02, LAYOUTS, gx.freeze()), GRADS, MODEL)
     assert not np.any(still["embed"])
-    assert np.any(still["out"]["kernel"])
-
-
-def kernel(*names):
-    return {name: {"kernel": jnp.ones((4, 4))} for name in names}
-
-
-EMBEDDINGS = "embed embeddings tok_embeddings Embed_0 unembed wte wpe pos_embed token position vocab_proj"
-HEADS = "lm_head head head_0 LMHead_0 logits"
-
-
-@pytest.mark.parametrize("name", [*EMBEDDINGS.split(), *HEADS.split()])
-def test_embeddings_and_heads_are_not_taken_in_silence(name):
-    for pattern in (".*kernel", gx.glob("**/kernel")):
-        with pytest.raises(ValueError, match=rf"takes '{name}/kernel', by its name .*write the whole path in matrices"):
-            gx.muon(0.02, pattern, gx.sgd(0.1)).init(kernel("hidden", name))
-    consented = gx.muon(0.02, {".*kernel": "in out", f"{name}/kernel": "out in"}, gx.sgd(0.1)).init(
-        kernel("hidden", name)
-    )
-    assert consented.mu[name]["kernel"].shape == (4, 4)
-
-
-@pytest.mark.parametrize(
-    "name", ["multi_head_attention", "MultiHeadDotProductAttention_0", "heads", "token_mixer", "ahead", "output"]
-)
-def test_names_of_hidden_layers_are_taken(name):
-    assert gx.muon(0.02, ".*kernel").init(kernel(name)).mu[name]["kernel"].shape == (4, 4)
+    assert np.any(still["mlp"]["kernel"])
 
 
 @pytest.mark.parametrize(
     ("matrices", "other", "error", "words"),
     [
-        ({"out/.*": "in out"}, gx.sgd(0.1), ValueError, r"'out/bias' has shape \(6,\), .* or let other= take the leaf"),
+        ({"mlp/.*": "in out"}, gx.sgd(0.1), ValueError, r"'mlp/bias' has shape \(6,\), .* or let other= take the leaf"),
         ({"layers/qkv": "each in 5*out"}, gx.sgd(0.1), ValueError, r"muon: 'layers/qkv' has shape \(2, 4, 12\)"),
         (".*/kernel", None, ValueError, "muon: no pattern matches 'embed', .* give other="),
-        ({".*kernel": "in out", "out/k.*": "in out"}, gx.sgd(0.1), ValueError, "both match 'out/kernel'"),
+        ({".*kernel": "in out", "mlp/k.*": "in out"}, gx.sgd(0.1), ValueError, "both match 'mlp/kernel'"),
         ({"nothing": "in out"}, gx.sgd(0.1), ValueError, "muon: pattern 'nothing' matches none of the paths embed"),
         ({}, gx.sgd(0.1), TypeError, "matrices must be a pattern or a dict"),
         (["a"], gx.sgd(0.1), TypeError, "matrices must be a pattern or a dict"),
