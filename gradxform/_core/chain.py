@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradxform._core import passes, trees
-from gradxform._core.arguments import visible_dtype
 from gradxform._core.body import Assigned, Body, Call, Report
 from gradxform._core.compiled import increment, slot_names
-from gradxform._core.hyperparameters import Hyperparameter, Live, evaluate
+from gradxform._core.hyperparameters import Hyperparameter, by_key, evaluate, shown
 from gradxform._core.leaves import Leaves, masked
 from gradxform._core.passes import RulePass, TreePass
 from gradxform._core.rule import Rule
@@ -66,13 +65,14 @@ class Chain(Body):
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
-        """Those that change or show in the state, by their names there; equal ones of one group share a name."""
-        every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.constant or h.visible]
-        distinct: dict[Any, Hyperparameter] = {}
-        for h in every:  # a live value has one place, whichever groups share it
-            distinct.setdefault((h, None if isinstance(h.value, Live) else h.group), h)
-        names = unique_names([h.shown_as for h in distinct.values()])
-        return dict(zip(names, distinct.values(), strict=True))
+        """Those that are no Python numbers, by their keys in the state's values."""
+        return by_key(h for stage in self.stages for h in hyperparameters_of(stage))
+
+    @property
+    def constants(self) -> list[Hyperparameter]:
+        """Those that the state does not show; equal ones of one name once."""
+        every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.visible]
+        return list({(h.shown_as, h): h for h in every}.values())
 
     @functools.cached_property
     def segments(self) -> tuple[RulePass | TreePass, ...]:
@@ -107,8 +107,7 @@ class Chain(Body):
 
     @functools.cached_property
     def state_type(self) -> Any:
-        live = {name: h.within for name, h in self.hyperparameters.items() if isinstance(h.value, Live)}
-        return state_type(self.fields, tuple(live.items()))
+        return state_type(self.fields, shown(self.hyperparameters))
 
     def select(self, params: Any, leaves: list[Any], structure: Any) -> Selection:
         return Selection.of(self.flat, params, leaves, structure)
@@ -135,8 +134,8 @@ class Chain(Body):
                 fields |= passes.initial_fields(segment, selection, leaves, structure)
         count = jnp.zeros((), jnp.int32)
         # arrays of their own: a step that donates its state may neither delete a user's nor be given one twice
-        visible = {name: jnp.array(value) for name, value in self._visible(self._values(count, {})).items()}
-        return self.state_type(count=count, hyperparams=visible, **fields)
+        visible = jax.tree.map(jnp.array, self._visible(self._values(count, {})))
+        return self.state_type(count=count, **visible, **fields)
 
     # update
 
@@ -160,7 +159,7 @@ class Chain(Body):
         leaves = Leaves.of(updates, params)
         self._check_state(state)
         selection = self.select(params, leaves.params, leaves.structure)
-        values = self._values(state.count, state.hyperparams)
+        values = self._values(state.count, getattr(state, "values", {}))
         fields: dict[str, Any] = {}
         reports: list[tuple[str, jax.Array]] = []
         for segment, following in itertools.zip_longest(self.segments, self.segments[1:]):
@@ -175,37 +174,38 @@ class Chain(Body):
                 old = {name: getattr(state, name) for name in segment.memory}
                 fields |= new | unless(taken, old, {name: new[name] for name in old})
             reports += report.items()
-        visible = self._visible(values)
-        told = {"count": increment(state.count), "hyperparams": visible}
-        told = unless(taken, {"count": state.count, "hyperparams": state.hyperparams}, told)
+        told = {"count": increment(state.count), **self._visible(values)}
+        told = unless(taken, {name: getattr(state, name) for name in told}, told)
         new_state = self.state_type(**told, **fields)
         return leaves.rounded(), new_state, dict(zip(self.reports, [value for _, value in reports], strict=True))
 
     def _values(self, count: Any, stored: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """This step's hyperparameters: floats for constants, else scalars of at least float32."""
+        """This step's hyperparameters that are no Python numbers: scalars of at least float32."""
         return evaluate(self.hyperparameters, stored, count)
 
-    def _visible(self, values: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return {
-            name: jnp.asarray(values[name], visible_dtype()) for name, h in self.hyperparameters.items() if h.visible
-        }
+    def _visible(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The field of the state that shows them, if it has one."""
+        visible = {key: values[key] for key, h in self.hyperparameters.items() if h.visible}
+        return {"values": visible} if visible else {}
 
     def _check_state(self, state: Any) -> None:
-        expected = self.state_type._fields
-        if getattr(state, "_fields", None) != expected:
+        expected, fields = self.state_type._fields, getattr(state, "_fields", ())
+        keys = sorted(key for key, h in self.hyperparameters.items() if h.visible)
+        if fields != expected:
+            differ = keys or sorted(getattr(state, "values", ())) if set(fields) ^ set(expected) == {"values"} else []
+            why = f" ('values' keeps {', '.join(differ)}: live or scheduled in one, a constant in the other)"
             raise TypeError(
-                f"state is {type(state).__name__}{getattr(state, '_fields', '')}, this transformation's is "
-                f"State{expected}; pass what its own init or update returned"
+                f"state is {type(state).__name__}{fields}, this transformation's is State{expected}"
+                f"{why if differ else ''}; pass what its own init or update returned"
             )
         trees.check_scalar("state.count", state.count, np.integer)
-        visible = [name for name, h in self.hyperparameters.items() if h.visible]
-        if sorted(state.hyperparams) != sorted(visible):
+        if keys and sorted(state.values) != keys:
             raise ValueError(
-                f"state.hyperparams has {sorted(state.hyperparams)}, this transformation has {sorted(visible)}; "
+                f"state.values has {sorted(state.values)}, this transformation has {keys}; "
                 "pass what its own init or update returned"
             )
-        for name in visible:
-            trees.check_scalar(f"state.hyperparams[{name!r}]", state.hyperparams[name], np.floating)
+        for key in keys:
+            trees.check_scalar(f"state.values[{key!r}]", state.values[key], np.floating)
 
     # What is told of it
 

@@ -132,7 +132,7 @@ class Accumulate(Wrapper):
         kept = all_finite(leaves, acts, call, self.name, self.axis_name or ()).astype(jnp.int32)
         rounded, after = _MEAN.update(
             masked(acts, updates, leaves.updates, leaves.structure),
-            _MEAN_STATE(count=state.kept, hyperparams={"finite": kept.astype(visible_dtype())}, mean=state.mean),
+            _MEAN_STATE(count=state.kept, values={"finite": kept.astype(visible_dtype())}, mean=state.mean),
             None if params is None else masked(acts, params, leaves.params, leaves.structure),
         )
         seen = state._replace(
