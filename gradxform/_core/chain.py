@@ -70,8 +70,8 @@ class Chain(Body):
 
     @property
     def constants(self) -> list[Hyperparameter]:
-        """Those that the state does not show; equal ones of one name once."""
-        every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.visible]
+        """Those that the state does not show, but for zeros that switch something off; equal ones of one name once."""
+        every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.visible and not h.off]
         return list({(h.shown_as, h): h for h in every}.values())
 
     @functools.cached_property

@@ -152,6 +152,12 @@ class Hyperparameter:
         return self.live or callable(self.value)
 
     @property
+    def off(self) -> bool:
+        """Whether it is a zero that switches something off, which need not be told of."""
+        zero = isinstance(self.value, float) and self.value == 0.0
+        return zero and self.name not in ("learning_rate", "weight_decay")
+
+    @property
     def number(self) -> Any:
         """What it always is, where the state does not show it."""
         return self.value.factor * self.value.of.number if isinstance(self.value, Multiple) else self.value

@@ -27,7 +27,7 @@ def get_hyperparams(state: Any, tx: optax.GradientTransformation | None = None) 
     Args:
       state: Any optimizer state: ours, nested in wrappers, or inside foreign chains.
       tx: The transformation that the state is of, for its constants as well: those of this library's transformations,
-        not those inside of another library's.
+        not those inside of another library's, and without zeros that switch something off, as `describe` has them.
 
     Returns:
       Name to 0-d array: the value used in the last step, before the first step the one it will use.

@@ -185,7 +185,7 @@ def absent(name: str, shown: Iterable[str]) -> str:
 jax.tree_util.register_pytree_with_keys(
     Hyperparams,
     lambda shown: ([(jax.tree_util.DictKey(name), shown[name]) for name in sorted(shown)], tuple(sorted(shown))),
-    lambda names, values: dict(zip(names, values, strict=True)),
+    lambda names, values: dict(zip(names, values, strict=True)),  # pyright: ignore[reportArgumentType] (copies are plain dicts)
 )
 
 

@@ -41,7 +41,7 @@ def _state_type(slots: tuple[str, ...], shown: tuple[Shown, ...]) -> Any:
         _shown: ClassVar[tuple[Shown, ...]] = shown
         hyperparams = shown_hyperparams
 
-        def _replace(self, **changes: Any) -> Any:
+        def _replace(self, **changes: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (it says more)
             if "hyperparams" in changes:
                 raise TypeError(READ_ONLY)
             return super()._replace(**changes)

@@ -663,6 +663,8 @@ def test_nothing_is_set_twice():
     [
         (gx.scale(2.0), {"factor": 2.0}),
         (gx.sgd(0.5), {"learning_rate": 0.5}),
+        (gx.sgd(0.0), {"learning_rate": 0.0}),
+        (gx.adam(0.5, b1=0.25, b2=0.5), {"learning_rate": 0.5, "b1": 0.25, "b2": 0.5, "eps": jnp.float32(1e-8)}),
         (gx.sgd(gx.live(0.5)), {"learning_rate": 0.5}),
         (gx.sgd(jnp.asarray(0.5)), {"learning_rate": 0.5}),
         (gx.momentum(SCHEDULE, 0.5), {"learning_rate": 1.0, "decay": 0.5}),
