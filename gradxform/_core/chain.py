@@ -195,7 +195,7 @@ class Chain(Body):
             differ = keys or sorted(getattr(state, "values", ())) if set(fields) ^ set(expected) == {"values"} else []
             why = f" ('values' keeps {', '.join(differ)}: live or scheduled in one, a constant in the other)"
             raise TypeError(
-                f"state is {type(state).__name__}{fields}, this transformation's is State{expected}"
+                f"state is {type(state).__name__}{fields or ''}, this transformation's is State{expected}"
                 f"{why if differ else ''}; pass what its own init or update returned"
             )
         trees.check_scalar("state.count", state.count, np.integer)

@@ -118,11 +118,8 @@ def _check_settable(matches: Mapping[str, Place]) -> None:
     if not scheduled:
         return
     live = [key for key in matches if key not in scheduled]
-    others = f"; {', '.join(live)} can be set, by that name" if live else ""
-    raise ValueError(
-        f"{', '.join(scheduled)} follows a schedule, or another hyperparameter, and can't be set: "
-        f"{matches[scheduled[0]].remedy}{others}"
-    )
+    others = f"; by its full name {', '.join(live)} can be set" if live else ""
+    raise ValueError(f"{', '.join(scheduled)} {matches[scheduled[0]].why_not}{others}")
 
 
 def _checked(name: str, value: Any, place: Place) -> Any:

@@ -36,19 +36,27 @@ class Place(NamedTuple):
     value: Any
 
     @property
-    def remedy(self) -> str:
-        """What to do to set it, where it follows a schedule."""
+    def why_not(self) -> str:
+        """Why it can't be set where it follows a schedule, and what to do."""
         if _foreign(self.holder):
-            return "build the optimizer with a number in place of the schedule"
-        return f"build the optimizer with {argument(self.shown.bare)}=gx.live(…)"
+            return "follows a schedule; to set it, build the optimizer with a number in its place"
+        return f"follows a schedule or another hyperparameter; to set it, {_made_live(self.shown.bare)}"
 
 
-CONSTANTS = "constants are not in the state: gx.get_hyperparams(state, tx) shows them"
+def absent(name: str, shown: Iterable[str]) -> str:
+    """What is wrong where a state does not show a hyperparameter, and what to do."""
+    return (
+        f"no hyperparameter {name!r} in this state, which shows {', '.join(shown) or 'none'}; {_CONSTANT}; to set it, "
+        f"{_made_live(name)}"
+    )
 
 
-def argument(name: str) -> str:
-    """What the argument of the optimizer is called, without the group that has it."""
-    return name.rpartition("/")[2]
+_CONSTANT = "a constant is not in the state, gx.get_hyperparams(state, tx) shows it"
+
+
+def _made_live(name: str) -> str:
+    """The remedy, with the argument's name: that of the hyperparameter without the group that has it."""
+    return f"build the optimizer with {name.rpartition('/')[2]}=gx.live(…)"
 
 
 def located(state: Any) -> dict[str, Place]:
@@ -138,13 +146,13 @@ class Hyperparams(Mapping[str, jax.Array]):
 
     Args:
       values: The values by name.
-      scheduled: For those that follow a schedule, what to do to set them.
+      why_not: For those that follow a schedule, why they can't be set.
     """
 
-    __slots__ = ("_scheduled", "_values")
+    __slots__ = ("_values", "_why_not")
 
-    def __init__(self, values: Mapping[str, Any], scheduled: Mapping[str, str]) -> None:
-        self._values, self._scheduled = dict(values), dict(scheduled)
+    def __init__(self, values: Mapping[str, Any], why_not: Mapping[str, str]) -> None:
+        self._values, self._why_not = dict(values), dict(why_not)
 
     def __getitem__(self, name: str) -> jax.Array:
         if name not in self._values:
@@ -166,20 +174,12 @@ class Hyperparams(Mapping[str, jax.Array]):
         name = str(names[0])
         if name not in self._values:
             raise TypeError(f"state.hyperparams is read-only; {absent(name, self)}")
-        if name in self._scheduled:
-            raise TypeError(f"state.hyperparams is read-only; {name} follows a schedule: {self._scheduled[name]}")
+        if name in self._why_not:
+            raise TypeError(f"state.hyperparams is read-only; {name} {self._why_not[name]}")
         value = f"{name}=…" if name.isidentifier() else f"{{{name!r}: …}}"
         raise TypeError(f"state.hyperparams is read-only; call state = gx.set_hyperparams(state, {value})")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
-
-
-def absent(name: str, shown: Iterable[str]) -> str:
-    """What is wrong where a state does not show a hyperparameter, and what to do."""
-    return (
-        f"no hyperparameter {name!r} in this state, which shows {', '.join(shown) or 'none'}; {CONSTANTS}, and "
-        f"{argument(name)}=gx.live(…) makes it one to set"
-    )
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -194,11 +194,11 @@ def _read(state: Any) -> Mapping[str, jax.Array]:
     places = located(state)
     if not places:
         raise AttributeError(
-            f"this state shows no hyperparameters, for none is live or follows a schedule; {CONSTANTS}, and a value "
-            "given as gx.live(…) is here to be set"
+            f"this state shows no hyperparameters, for none is live or follows a schedule; {_CONSTANT}; to set one, "
+            "build the optimizer with gx.live(…) in its place"
         )
-    scheduled = {name: place.remedy for name, place in places.items() if place.shown.within is None}
-    return Hyperparams({name: place.value for name, place in places.items()}, scheduled)
+    why_not = {name: place.why_not for name, place in places.items() if place.shown.within is None}
+    return Hyperparams({name: place.value for name, place in places.items()}, why_not)
 
 
 def _write(state: Any, value: Any) -> NoReturn:

@@ -57,7 +57,7 @@ def _restore(slots: tuple[str, ...], shown: tuple[Shown, ...], values: tuple[Any
 
 
 inner_hyperparams = shown_hyperparams
-"""Those of the inner state, for trackers that look at the top."""
+"""What `hyperparams` is of a wrapper's state: those of the states within, for trackers that look at the top."""
 
 
 def unique_names(names: list[str]) -> list[str]:

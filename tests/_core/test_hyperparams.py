@@ -600,7 +600,11 @@ def test_a_chain_around_what_optax_injects_shows_it_and_refuses_to_be_written():
             "b/learning_rate",
             r"b/learning_rate follows.*learning_rate=gx\.live\(…\)",
         ),
-        (optax.inject_hyperparams(gx.sgd)(SCHEDULE), "learning_rate", "learning_rate follows.*number in place"),
+        (
+            optax.inject_hyperparams(gx.sgd)(SCHEDULE),
+            "learning_rate",
+            "learning_rate follows .*number in its place",
+        ),
         (gx.chain(optax.inject_hyperparams(optax.sgd)(SCHEDULE)), "learning_rate", "learning_rate follows"),
         (
             gx.chain(gx.sgd(gx.live(1.0)), gx.sgd(SCHEDULE)),
