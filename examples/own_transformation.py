@@ -56,7 +56,7 @@ def train(way, tx, epochs, dtype=jnp.float32, later=None):
         for batch in shuffle.permutation(len(x)).reshape(-1, 48):
             params, state = train_step(params, state, x[batch], y[batch])
     accuracy = np.mean(np.argmax(x_test @ np.float32(params["weight"]) + np.float32(params["bias"]), axis=1) == y_test)
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in gx.get_hyperparams(state).items())
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in gx.get_hyperparams(state, tx).items())
     print(f"{way:24} test accuracy {accuracy:.3f}, mu in {state.mu['weight'].dtype}, in the end {shown}")
 
 

@@ -81,9 +81,9 @@ from gradxform._core.body import Transformation as Transformation
 from gradxform._core.lift import chain as chain
 from gradxform._core.lift import identity as identity
 from gradxform._core.masks import glob as glob
-from gradxform._core.state import get_hyperparams as get_hyperparams
-from gradxform._core.state import metrics as metrics
-from gradxform._core.state import set_hyperparams as set_hyperparams
+from gradxform._core.settings import get_hyperparams as get_hyperparams
+from gradxform._core.settings import metrics as metrics
+from gradxform._core.settings import set_hyperparams as set_hyperparams
 
 # Your own transformation
 from gradxform.rules import Measure as Measure

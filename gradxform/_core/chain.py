@@ -20,7 +20,7 @@ from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast, increment, slot_names
 from gradxform._core.encoded import EncodedParam
 from gradxform._core.explain import wrong_state
-from gradxform._core.hyperparameters import Hyperparameter, Live, evaluate
+from gradxform._core.hyperparameters import Hyperparameter, by_key, evaluate, shown
 from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
 from gradxform._core.leaves import Leaves, masked, no_update
 from gradxform._core.masks import Mask
@@ -76,13 +76,14 @@ class Chain(Body):
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
-        """Those that change or show in the state, by their names there; equal ones of one group share a name."""
-        every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.constant or h.visible]
-        distinct: dict[Any, Hyperparameter] = {}
-        for h in every:  # a live value has one place, whichever groups share it
-            distinct.setdefault((h, None if isinstance(h.value, Live) else h.group), h)
-        names = unique_names([h.shown_as for h in distinct.values()])
-        return dict(zip(names, distinct.values(), strict=True))
+        """Those that are no Python numbers, by their keys in the state's values."""
+        return by_key(h for stage in self.stages for h in hyperparameters_of(stage))
+
+    @property
+    def constants(self) -> list[Hyperparameter]:
+        """Those that the state does not show, but for zeros that switch something off; equal ones of one name once."""
+        every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.visible and not h.off]
+        return list({(h.shown_as, h): h for h in every}.values())
 
     @functools.cached_property
     def passes(self) -> tuple[RulePass | TreePass, ...]:
@@ -119,8 +120,7 @@ class Chain(Body):
 
     @functools.cached_property
     def state_type(self) -> Any:
-        live = {name: h.within for name, h in self.hyperparameters.items() if isinstance(h.value, Live)}
-        return state_type(self.fields, tuple(live.items()))
+        return state_type(self.fields, shown(self.hyperparameters))
 
     @functools.cached_property
     def _masks(self) -> list[Mask]:
@@ -171,8 +171,8 @@ class Chain(Body):
             )
         count = jnp.zeros((), jnp.int32)
         # arrays of their own: a step that donates its state may neither delete a user's nor be given one twice
-        visible = {name: jnp.array(value) for name, value in self._visible(self._values(count, {})).items()}
-        return self.state_type(count=count, hyperparams=visible, **fields)
+        visible = jax.tree.map(jnp.array, self._visible(self._values(count, {})))
+        return self.state_type(count=count, **visible, **fields)
 
     # update
 
@@ -182,7 +182,7 @@ class Chain(Body):
         plan = self.plan(updates if params is None else params, given=params is not None)
         leaves = given = Leaves.of(updates, params, plan.frozen)
         self._check_state(state)
-        values = self._values(state.count, state.hyperparams)
+        values = self._values(state.count, getattr(state, "values", {}))
         fields: dict[str, Any] = {}
         told: list[jax.Array] = []
         for each, own, following in itertools.zip_longest(self.passes, plan.passes, self.passes[1:]):
@@ -194,7 +194,7 @@ class Chain(Body):
             fields |= new
             told += report.values()
         result = given.result(call.wants, self._results(leaves, plan, call))
-        visible = {"count": increment(state.count), "hyperparams": self._visible(values)}
+        visible = {"count": increment(state.count), **self._visible(values)}
         visible = unless(call.accepted, {name: getattr(state, name) for name in visible}, visible)
         return result, self.state_type(**visible, **fields), dict(zip(self.reports, told, strict=True))
 
@@ -223,27 +223,31 @@ class Chain(Body):
         raise AssertionError
 
     def _values(self, count: Any, stored: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """This step's hyperparameters: floats for constants, else scalars of at least float32."""
+        """This step's hyperparameters that are no Python numbers: scalars of at least float32."""
         return evaluate(self.hyperparameters, stored, count)
 
-    def _visible(self, values: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return {
-            name: jnp.asarray(values[name], visible_dtype()) for name, h in self.hyperparameters.items() if h.visible
-        }
+    def _visible(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The field of the state that shows them, if it has one."""
+        visible = {key: values[key] for key, h in self.hyperparameters.items() if h.visible}
+        return {"values": visible} if visible else {}
 
     def _check_state(self, state: Any) -> None:
-        expected = self.state_type._fields
-        if getattr(state, "_fields", None) != expected:
-            raise TypeError(wrong_state("this transformation", state, f"State{expected}", expected))
+        expected, fields = self.state_type._fields, getattr(state, "_fields", ())
+        keys = sorted(key for key, h in self.hyperparameters.items() if h.visible)
+        if fields != expected:
+            message = wrong_state("this transformation", state, f"State{expected}", expected)
+            if set(fields) ^ set(expected) == {"values"}:
+                differ = ", ".join(keys or sorted(getattr(state, "values", ())))
+                message += f" ('values' keeps {differ}: live or scheduled in one, a constant in the other)"
+            raise TypeError(message)
         trees.check_scalar("state.count", state.count, np.integer)
-        visible = [name for name, h in self.hyperparameters.items() if h.visible]
-        if sorted(state.hyperparams) != sorted(visible):
+        if keys and sorted(state.values) != keys:
             raise ValueError(
-                f"state.hyperparams has {sorted(state.hyperparams)}, this transformation has {sorted(visible)}; "
+                f"state.values has {sorted(state.values)}, this transformation has {keys}; "
                 "pass what its own init or update returned"
             )
-        for name in visible:
-            trees.check_scalar(f"state.hyperparams[{name!r}]", state.hyperparams[name], np.floating)
+        for key in keys:
+            trees.check_scalar(f"state.values[{key!r}]", state.values[key], np.floating)
 
     # What is told of it
 
@@ -253,7 +257,7 @@ class Chain(Body):
     def inventory(self, params: Any) -> list[StateArray]:
         leaves, structure = jax.tree.flatten(params)
         plan, state = self.plan(params), state_shapes(self.init, params)
-        arrays = shared(state, *(f for f in ("count", "hyperparams") if f in state._fields))
+        arrays = shared(state, *(f for f in ("count", "values") if f in state._fields))
         for each, own in zip(self.passes, plan.passes, strict=True):
             if isinstance(each, RulePass):
                 arrays += shared(state, *each.memory)

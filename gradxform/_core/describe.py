@@ -216,9 +216,7 @@ def _title(leaf: LeafDescription, usual: Mapping[str, Hyperparameter]) -> str:
 
 def _joined(hyperparameters: Mapping[str, Hyperparameter]) -> str:
     """As one writes arguments; those that are zero by default and off are left out."""
-    always = ("learning_rate", "weight_decay")
-    on = {n: h for n, h in hyperparameters.items() if n in always or not (h.constant and h.value == 0.0)}
-    return ", ".join(f"{name}={value!r}" for name, value in on.items())
+    return ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items() if not value.off)
 
 
 def _bytes(number: int) -> str:

@@ -61,7 +61,7 @@ def by_path(
       ...         "head/kernel": {"learning_rate": gx.times(0.5)},
       ...         "embed": gx.freeze(),
       ...     },
-      ...     default=gx.adamw(0.1, weight_decay=0.01),
+      ...     default=gx.adamw(gx.live(0.1), weight_decay=0.01),
       ... )
       >>> params = {"embed": jnp.ones(2), "head": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "w": jnp.ones(2)}
       >>> state = tx.init(params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradxform._core.arguments import FINITE, Range, check_range, number, positive_range, visible_dtype
+from gradxform._core.shown import Shown, numbered
+from gradxform._core.state import unique_names
 
 Schedule: TypeAlias = Callable[[Any], Any]
 
@@ -30,8 +32,9 @@ class Live:
 def live(value: float | jax.Array) -> Live:
     """Mark a hyperparameter as settable in the state: no recompilation, and vmappable.
 
-    The number moves into ``state.hyperparams``; every step reads it there, and
-    `set_hyperparams` replaces it.
+    The number moves into the state, where every step reads it, ``state.hyperparams`` shows it and `set_hyperparams`
+    replaces it. So it is saved with the state: a state that is restored goes on with the checkpoint's number, whatever
+    number the optimizer is built with then; set it to have another one.
 
     Args:
       value: The first value, a number or a 0-d array.
@@ -127,7 +130,7 @@ class Hyperparameter:
 
     @property
     def shown_as(self) -> str:
-        """Its name in the state's `hyperparams`, unless others have the same."""
+        """What users call it, unless others of the state have the same name."""
         return str(self.name) if self.group is None else f"{self.group}/{self.name}"
 
     def _check(self, name: str, value: Any) -> None:
@@ -138,9 +141,26 @@ class Hyperparameter:
         return isinstance(self.value, float)
 
     @property
+    def live(self) -> bool:
+        return isinstance(self.value, Live)
+
+    @property
     def visible(self) -> bool:
-        """Whether the state's `hyperparams` shows it."""
-        return self.name == "learning_rate" or callable(self.value) or isinstance(self.value, Live | Multiple)
+        """Whether the state shows it: if it changes from step to step, or can be set."""
+        if isinstance(self.value, Multiple):
+            return self.value.of.visible
+        return self.live or callable(self.value)
+
+    @property
+    def off(self) -> bool:
+        """Whether it is a zero that switches something off, which need not be told of."""
+        zero = isinstance(self.value, float) and self.value == 0.0
+        return zero and self.name not in ("learning_rate", "weight_decay")
+
+    @property
+    def number(self) -> Any:
+        """What it always is, where the state does not show it."""
+        return self.value.factor * self.value.of.number if isinstance(self.value, Multiple) else self.value
 
     def _key(self) -> tuple[Any, ...]:
         if self.constant:
@@ -219,27 +239,50 @@ def bound(value: Numeric, name: str | None = None) -> Hyperparameter:
     return ranged(value, Range(0.0, math.inf, closed_low=False, closed_high=True), name)
 
 
-def evaluate(named: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array], count: Any) -> dict[str, Any]:
-    """This step's values by name: a float for a constant, else a 0-d array of at least float32."""
-    name_of = {parameter: name for name, parameter in named.items()}
+def by_key(every: Iterable[Hyperparameter]) -> dict[str, Hyperparameter]:
+    """Those that are no Python numbers, by their keys in a state's values; equal ones of one group share a key.
+
+    A live value is kept under its name, which optax's ``tree_set`` finds; what follows a schedule under a key that
+    nobody takes for one to set. An array that was given as it is has a key, and no place in the state.
+    """
+    distinct: dict[Any, Hyperparameter] = {}
+    for h in every:  # a live value has one place, whichever groups share it
+        if not h.constant:
+            distinct.setdefault((h, None if h.live else h.group), h)
+    visible = [h for h in distinct.values() if h.visible]
+    names = numbered([h.shown_as for h in visible])
+    keys = [name if h.live else f"scheduled/{name}" for name, h in zip(names, visible, strict=True)]
+    arrays = [h for h in distinct.values() if not h.visible]
+    keys = unique_names([*keys, *(h.shown_as for h in arrays)])  # a group may be called scheduled
+    return dict(zip(keys, [*visible, *arrays], strict=True))
+
+
+def shown(keyed: Mapping[str, Hyperparameter]) -> tuple[Shown, ...]:
+    """What a state shows of the hyperparameters of `by_key`."""
+    visible = {key: h for key, h in keyed.items() if h.visible}
+    bare = [h.shown_as for h in visible.values()]
+    within = [h.within if h.live else None for h in visible.values()]
+    return tuple(map(Shown, visible, numbered(bare), bare, within))
+
+
+def evaluate(keyed: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array], count: Any) -> dict[str, Any]:
+    """This step's values by key, 0-d arrays of at least float32."""
+    key_of = {parameter: key for key, parameter in keyed.items()}
 
     @functools.cache
     def one(parameter: Hyperparameter) -> Any:
         value = parameter.value
-        if isinstance(value, float):
-            return value
         if isinstance(value, Multiple):
             return value.factor * one(value.of)
-        name = name_of.get(parameter, str(parameter.name))
         if isinstance(value, Live):
-            value = stored.get(name, value.value)
+            value = stored.get(key_of[parameter], value.value)
         elif callable(value):
-            value = _scheduled(f"the schedule for {name}", value, count)
+            value = _scheduled(f"the schedule for {parameter.shown_as}", value, count)
             ends = Range(-math.inf, math.inf, closed_low=False, closed_high=parameter.within.closed_high)
-            check_range(f"the schedule for {name}", value, ends)
+            check_range(f"the schedule for {parameter.shown_as}", value, ends)
         return jnp.asarray(value, dtype=visible_dtype())
 
-    return {name: one(parameter) for name, parameter in named.items()}
+    return {key: one(parameter) for key, parameter in keyed.items()}
 
 
 def _scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:

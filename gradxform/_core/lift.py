@@ -19,9 +19,9 @@ from gradxform._core.stages import Stage, TreeStage
 def chain(*transformations: optax.GradientTransformation | optax.MultiSteps) -> Transformation:
     """u ← tₙ(… t₂(t₁(g))): apply transformations one after the other, as one.
 
-    Neighbouring transformations of this library become one pass over the tree with one ``count`` and one
-    ``hyperparams``; other ``(init, update)`` pairs, such as optax's, run between them on whole trees and
-    keep their state in the field ``inner``. `chain` is associative and `identity` is its unit.
+    Neighbouring transformations of this library become one pass over the tree with one ``count``; other
+    ``(init, update)`` pairs, such as optax's, run between them on whole trees and keep their state in the field
+    ``inner``. `chain` is associative and `identity` is its unit.
 
     Args:
       *transformations: Any number of ``(init, update)`` pairs, or of objects that have both, such as

@@ -38,7 +38,7 @@ def adam(
 
     Example:
       >>> import gradxform as gx
-      >>> gx.adam(0.001).init({}).hyperparams
+      >>> gx.adam(gx.live(0.001)).init({}).hyperparams
       {'learning_rate': Array(0.001, dtype=float32)}
     """
     direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype)

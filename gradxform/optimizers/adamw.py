@@ -44,7 +44,7 @@ def adamw(
     Example:
       >>> import gradxform as gx
       >>> gx.adamw(0.001, mask=".*kernel").init({"kernel": 0.0})._fields
-      ('count', 'hyperparams', 'mu', 'nu')
+      ('count', 'mu', 'nu')
     """
     return chain(
         scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, state_dtype=state_dtype),

@@ -54,8 +54,7 @@ def scale_by_learning_rate(learning_rate: Numeric) -> Transformation:
     """u ← −α·u: the only minus sign of the library. What comes out is added to the parameters.
 
     Args:
-      learning_rate: α ≥ 0, a number, 0-d array, schedule or `live` value; always shown in
-        ``state.hyperparams``.
+      learning_rate: α ≥ 0, a number, 0-d array, schedule or `live` value.
 
     Raises:
       TypeError, ValueError: if ``learning_rate`` is no number or negative; to ascend, ``scale(-1.0)`` first.

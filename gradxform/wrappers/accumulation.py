@@ -124,7 +124,7 @@ class Accumulate(Wrapper):
         given = [leaf.update for leaf in leaves.leaves]
         rounded, after, _ = _MEAN.body.step(
             masked(acts, leaves.structure.unflatten(given), given, leaves.structure),
-            _MEAN_STATE(count=state.kept, hyperparams={"finite": finite.astype(visible_dtype())}, mean=state.mean),
+            _MEAN_STATE(count=state.kept, values={"finite": finite.astype(visible_dtype())}, mean=state.mean),
             None if params is None else masked(acts, params, [leaf.param for leaf in leaves.leaves], leaves.structure),
             Call({}, call.accepted),
         )

@@ -71,7 +71,7 @@ def observe(
     Example:
       >>> import jax.numpy as jnp
       >>> import gradxform as gx
-      >>> tx = gx.observe(gx.chain(gx.clip_by_global_norm(1.0), gx.sgd(0.1)))
+      >>> tx = gx.observe(gx.chain(gx.clip_by_global_norm(1.0), gx.sgd(gx.live(0.1))))
       >>> params = jnp.array([3.0, 4.0])
       >>> updates, state = tx.update(2 * params, tx.init(params), params)
       >>> for name, value in gx.metrics(state).items():

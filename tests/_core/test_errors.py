@@ -146,7 +146,11 @@ ACCUMULATE = gx.accumulate(gx.sgd(0.1), every=2)
 
 @table(
     none=(lambda: TX.update(PARAMS, None, PARAMS), TypeError, "state is NoneType & count"),
-    of_sgd=(lambda: TX.update(PARAMS, SGD.init(PARAMS), PARAMS), TypeError, "state is State('count', 'hyperparams')"),
+    of_sgd=(
+        lambda: TX.update(PARAMS, SGD.init(PARAMS), PARAMS),
+        TypeError,
+        "state is State('count',) & State('count', 'values', 'mu', 'nu')",
+    ),
     of_optax=(lambda: TX.update(PARAMS, optax.adam(0.1).init(PARAMS), PARAMS), TypeError, "state is tuple"),
     less=(lambda: TX.update(PARAMS, TX.init({"w": PARAMS["w"]}), PARAMS), ValueError, "['b'] is missing"),
     more=(lambda: TX.update(PARAMS, TX.init({**PARAMS, "c": 1.0}), PARAMS), ValueError, "['c'] & different parameters"),
@@ -157,14 +161,14 @@ ACCUMULATE = gx.accumulate(gx.sgd(0.1), every=2)
         ValueError,
         "state.mu['b'] & bfloat16 & float32",
     ),
-    no_hyperparams=(lambda: TX.update(PARAMS, STATE._replace(hyperparams={}), PARAMS), ValueError, "learning_rate"),
+    no_hyperparams=(lambda: TX.update(PARAMS, STATE._replace(values={}), PARAMS), ValueError, "learning_rate"),
     other_hyperparams=(
-        lambda: TX.update(PARAMS, STATE._replace(hyperparams={"lr": 0.1, "b1": 0.9}), PARAMS),
+        lambda: TX.update(PARAMS, STATE._replace(values={"lr": 0.1, "scheduled/b1": 0.9}), PARAMS),
         ValueError,
         "'lr' & 'learning_rate'",
     ),
     stacked_hyperparams=(
-        lambda: TX.update(PARAMS, STATE._replace(hyperparams={"learning_rate": jnp.ones(2), "b1": 0.9}), PARAMS),
+        lambda: TX.update(PARAMS, STATE._replace(values={"learning_rate": jnp.ones(2), "scheduled/b1": 0.9}), PARAMS),
         ValueError,
         "learning_rate & [2]",
     ),
@@ -525,7 +529,7 @@ def setting(**values: Any) -> Callable[[], Any]:
     unknown=(setting(lr=1.0), KeyError, "'lr' & learning_rate & b1"),
     one_unknown=(setting(learning_rate=1.0, lr=1.0), KeyError, "'lr' & learning_rate"),
     constant=(setting(b2=0.5), KeyError, "'b2' & learning_rate"),
-    constant_rate=(lambda: gx.set_hyperparams(SGD.init(1.0), learning_rate=1.0), ValueError, "learning_rate & live"),
+    constant_rate=(lambda: gx.set_hyperparams(SGD.init(1.0), learning_rate=1.0), KeyError, "learning_rate & live"),
     schedule=(setting(b1=0.5), ValueError, "b1 & b1=gx.live"),
     nothing_there=(lambda: gx.set_hyperparams((), learning_rate=1.0), KeyError, "learning_rate & none"),
     vector=(setting(learning_rate=jnp.ones(2)), ValueError, "learning_rate & () & (2,)"),

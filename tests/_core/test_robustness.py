@@ -354,12 +354,12 @@ def test_names_that_are_numbered_meet_no_given_one():
         return {"m": jnp.zeros_like(param), "m_2": jnp.zeros_like(param)}
 
     rule = gx.lift(init, lambda update, state, param, step: (update, state))
-    assert gx.chain(rule, rule).init(jnp.ones(2))._fields == ("count", "hyperparams", "m", "m_2", "m_2_2", "m_3")
+    assert gx.chain(rule, rule).init(jnp.ones(2))._fields == ("count", "m", "m_2", "m_2_2", "m_3")
 
 
 def test_metrics_of_a_state_with_a_plain_number():
-    tx = gx.sgd(0.1)
-    state = tx.init(jnp.ones(2))._replace(hyperparams={"learning_rate": 0.5})
+    tx = gx.sgd(gx.live(0.1))
+    state = tx.init(jnp.ones(2))._replace(values={"learning_rate": 0.5})
     assert gx.metrics(state)["learning_rate"] == 0.5
 
 

@@ -293,7 +293,7 @@ def test_metrics_within_an_optax_chain():
 
 
 def test_two_observers_are_told_apart_by_their_places():
-    tx = optax.chain(gx.observe(gx.clip_by_global_norm(1.0)), gx.observe(gx.sgd(0.1)))
+    tx = optax.chain(gx.observe(gx.clip_by_global_norm(1.0)), gx.observe(gx.sgd(gx.live(0.1))))
     _, state = tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS)
     metrics = gx.metrics(state)
     twice = {f"{place}/{kind}" for place in (0, 1) for kind in KINDS}
@@ -314,7 +314,7 @@ def test_an_observer_within_an_observer_is_led_by_its_place():
 
 
 def test_a_state_without_observer_has_counters_and_hyperparameters_only():
-    tx = gx.skip_nonfinite(gx.accumulate(gx.sgd(0.5), every=2))
+    tx = gx.skip_nonfinite(gx.accumulate(gx.sgd(gx.live(0.5)), every=2))
     assert gx.metrics(tx.init(PARAMS)) == {"skipped": 0, "skipped_in_a_row": 0, "dropped": 0, "learning_rate": 0.5}
     assert gx.metrics(optax.scale_by_adam().init(PARAMS)) == {}
 

@@ -47,7 +47,7 @@ def muon(
         `by_path` for patterns, of which one that is a leaf's whole path goes before others, and `orthogonalize` for
         layouts.
       other: The transformation for all other leaves, such as ``adamw(3e-4)``; None if there must be none. What it
-        shows in ``state.hyperparams`` is led by ``other/``.
+        shows in `get_hyperparams` is led by ``other/``.
       beta: β in [0, 1).
       nesterov: Orthogonalise the lookahead, as above; False for m.
       weight_decay: λ ≥ 0 of the matrices, times α and not s. Jordan uses 0, Liu et al. 0.1.
@@ -78,7 +78,8 @@ def muon(
       >>> import gradxform as gx
       >>> tx = gx.muon(0.02, ".*/kernel", gx.adamw(3e-4))
       >>> state = tx.init({"hidden": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "embed": jnp.ones((9, 4))})
-      >>> print(state.hyperparams["learning_rate"], state.hyperparams["other/learning_rate"])
+      >>> shown = gx.get_hyperparams(state, tx)
+      >>> print(shown["learning_rate"], shown["other/learning_rate"])
       0.02 0.0003
     """
 

@@ -357,7 +357,7 @@ def test_each_leaf_gets_what_its_group_gets_alone():
 
 def test_one_state_with_the_matrices_moments_and_the_others():
     state = gx.normuon(gx.live(0.02), LAYOUTS, gx.adamw(rate)).init(MODEL)
-    assert state._fields == ("count", "hyperparams", "mu", "mu_2", "nu", "nu_2", "nu_3")  # a nu per layout
+    assert state._fields == ("count", "values", "mu", "mu_2", "nu", "nu_2", "nu_3")  # a nu per layout
     assert state.mu["mlp"] == {"kernel": state.mu["mlp"]["kernel"], "bias": optax.MaskedNode()}
     assert state.nu["layers"]["qkv"].shape == (2, 1, 12)
     assert isinstance(state.mu_2["layers"]["qkv"], optax.MaskedNode)
