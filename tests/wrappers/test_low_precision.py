@@ -22,7 +22,7 @@ from flax.training.train_state import TrainState
 from sklearn.datasets import load_digits
 
 import gradxform as gx
-from gradxform import rounding
+from gradxform.numerics import rounding
 from tests.support.strategies import gradient, signature, walk
 
 pytestmark = pytest.mark.once
