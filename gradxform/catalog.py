@@ -1,7 +1,8 @@
 """What each optimizer and transformation is, as data: tests, documentation and examples read it.
 
-Texts are calls in these symbols, which `evaluate` knows: a learning rate α, the decays β and γ of a first and a second
-moment, a weight decay λ, a small number ε beside a divisor, a bound c. `import gradxform` does not import this module.
+Texts are calls in symbols that `evaluate` knows: a learning rate α, the decays β and γ of a first and a second moment,
+a weight decay λ, a small number ε beside a divisor, a bound or factor c, a schedule s. `import gradxform` does not
+import this module.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ from typing import Any, Literal
 
 import gradxform as gx
 
-# None is a default, so that a call which leaves its symbol out is not equal by chance.
-NUMBERS: Mapping[str, float] = {"α": 0.05, "β": 0.8, "γ": 0.95, "λ": 0.01, "ε": 1e-3, "c": 0.5}
+
+def falling(step: Any) -> Any:
+    """The schedule s."""
+    return 0.5 / (1.0 + step)
+
+
+# None is a default, so that calls in which one leaves a symbol out are not equal by chance.
+SYMBOLS: Mapping[str, Any] = {"α": 0.05, "β": 0.8, "γ": 0.95, "λ": 0.01, "ε": 1e-3, "c": 0.5, "s": falling}
 
 Pairs = Mapping[str, str]
 """Calls of ours, and what each is equal to."""
@@ -34,7 +41,7 @@ class Entry:
     sees: Literal["element", "leaf", "matrix", "tree"]
     """What it looks at to change an element: itself alone, all of its leaf, of its matrix, or of the tree."""
     degree: int | None = None
-    """k if the updates are cᵏ times as large where all gradients are c times as large and ε is 0; None if no k is right."""
+    """k, where c times as large gradients make cᵏ times as large updates, if ε is 0; None where no k is right."""
     composition: Pairs = dataclasses.field(default_factory=dict[str, str])
     """Calls of it, and compositions equal to them; none for what is a rule of its own."""
     optax: Pairs | str
@@ -57,7 +64,7 @@ class Entry:
 
 def evaluate(text: str, module: types.ModuleType = gx, **names: Any) -> Any:
     """What a text of the catalog is in a module; `names` are symbols of other values, or further ones."""
-    return eval(text, {**vars(module), **NUMBERS, **names})
+    return eval(text, {**vars(module), **SYMBOLS, **names})
 
 
 def alike(*calls: str) -> Pairs:
@@ -230,10 +237,10 @@ TRANSFORMATIONS = (
     Entry(
         function=gx.scale_by_schedule,
         idea="multiply by a number that depends on the step",
-        examples=("scale_by_schedule(lambda step: c)",),
+        examples=("scale_by_schedule(s)",),
         sees="element",
         degree=1,
-        optax=alike("scale_by_schedule(lambda step: c / (1.0 + step))"),
+        optax=alike("scale_by_schedule(s)"),
         torch=OPTIMIZERS_ONLY,
         paper="none: a product",
     ),
@@ -369,7 +376,8 @@ TRANSFORMATIONS = (
         degree=0,
         optax={
             'chain(scale_by_momentum(β, debias=True), orthogonalize(scale="jordan", eps=1e-8))': (
-                "contrib.scale_by_muon(beta=β, nesterov=False)"
+                'contrib.scale_by_muon(beta=β, nesterov=False, weight_dimension_numbers={"kernel": '
+                "contrib.MuonDimensionNumbers()})"
             )
         },
         torch=OPTIMIZERS_ONLY,
@@ -524,6 +532,4 @@ COMPOSITION = (
     ),
 )
 
-CATALOG: Mapping[str, Entry] = {
-    entry.name: entry for entry in (*OPTIMIZERS, *TRANSFORMATIONS, *WRAPPERS, *COMPOSITION)
-}
+CATALOG: Mapping[str, Entry] = {entry.name: entry for entry in (*OPTIMIZERS, *TRANSFORMATIONS, *WRAPPERS, *COMPOSITION)}

@@ -14,8 +14,7 @@ from jax.sharding import reshard as reshard  # from jax.experimental.shard
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The mesh axes over which the type of a traced array says that it differs from device to device."""
-    of_type = jax.typeof(x)
-    return of_type.manual_axis_type.varying if hasattr(of_type, "manual_axis_type") else of_type.vma  # until JAX 0.9
+    return jax.typeof(x).manual_axis_type.varying  # .vma until JAX 0.9
 
 
 def canonical_dtype(dtype: Any) -> np.dtype[Any]:

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradxform as gx
-from tests.support.strategies import OPTIMIZERS, Layer, assert_close, assert_same, signature
+from tests.support.tables import OPTIMIZERS
+from tests.support.trees import Layer, assert_close, assert_same, signature
 
 pytestmark = pytest.mark.once
 

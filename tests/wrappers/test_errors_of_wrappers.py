@@ -13,7 +13,7 @@ import pytest
 
 import gradxform as gx
 from tests._core.test_errors import Row, check, table
-from tests.support.strategies import assert_same
+from tests.support.trees import assert_same
 
 pytestmark = pytest.mark.once
 

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 import gradxform as gx
 from gradxform.numerics import rounding
-from tests.support.strategies import gradient, signature, walk
+from tests.support.trees import gradient, signature, walk
 
 pytestmark = pytest.mark.once
 

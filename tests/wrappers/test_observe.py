@@ -13,7 +13,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import gradxform as gx
-from tests.support.strategies import signature
+from tests.support.trees import signature
 
 pytestmark = pytest.mark.once
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import gradxform as gx
 from gradxform.wrappers.quantization.codecs import CODECS
 from gradxform.wrappers.quantization.coded import decoded
-from tests.support.strategies import assert_close, assert_same, signature
+from tests.support.trees import assert_close, assert_same, signature
 
 pytestmark = pytest.mark.once
 
