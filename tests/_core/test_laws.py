@@ -14,10 +14,12 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import gradxform as gx
 from tests.support import chex
 from tests.support.strategies import (
+    ORDINARY,
     POSITIVE,
     STAGES,
     WHOLE_TREE,
@@ -262,3 +264,58 @@ def test_apply_updates_adds(problem):
     params, gradients = problem
     updates = gradient(gradients, 0)
     assert_same(gx.apply_updates(params, updates), jax.tree.map(jnp.add, params, updates))
+
+
+# Updates of complex leaves turn with their phases
+
+
+EQUIVARIANT = OPTIMIZERS | {
+    "clip_by_value": gx.clip_by_value(1.0),
+    "clip_by_leaf_norm": gx.clip_by_leaf_norm(1.0),
+    "clip_by_global_norm": gx.clip_by_global_norm(1.0),
+    "accumulate": gx.accumulate(gx.momentum(0.1), every=2),
+    "masked chain": gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(0.1, weight_decay=0.5, mask="z")),
+}
+
+
+def mixed(lead=()):
+    """A real and a complex leaf in double precision."""
+    return st.tuples(*[hnp.arrays(np.float64, (*lead, 3), elements=ORDINARY)] * 3).map(
+        lambda drawn: {"w": drawn[0], "z": drawn[1] + 1j * drawn[2]}
+    )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", EQUIVARIANT)
+@given(params=mixed(), gradients=mixed((STEPS,)), angles=hnp.arrays(np.float64, 3, elements=st.floats(-4.0, 4.0)))
+def test_updates_turn_with_the_phases_of_params_and_gradients(name, params, gradients, angles):
+    def turned(tree):
+        return {"w": tree["w"], "z": tree["z"] * np.exp(1j * angles)}
+
+    def updates(params, gradients):
+        return jax.tree.map(lambda *some: np.stack(some), *walk(EQUIVARIANT[name], params, gradients)[0])
+
+    with jax.enable_x64(True):
+        straight, crooked = updates(params, gradients), updates(turned(params), turned(gradients))
+    for key, expected in turned(straight).items():
+        largest = np.abs(gradients[key]).max(axis=0) + np.abs(expected).max(axis=0)
+        # a few dozen roundings of 2⁻⁵³ of the gradients, which may cancel where they are averaged
+        assert (np.abs(crooked[key] - expected) <= 1e-14 * largest).all()
+
+
+# Groups are chains on their leaves
+
+GROUPED = {"embed": (2, 2), "head/bias": (2,), "layers/bias": (2,), "scale": (2,)}
+few = st.lists(st.sampled_from(POSITIVE), max_size=2).map(lambda stages: gx.chain(*stages))
+
+
+@pytest.mark.once
+@given(st.tuples(few, few, few), st.data())
+def test_groups_with_norms_of_their_own_are_chains_on_their_leaves(parts, data):
+    shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in GROUPED.items()}
+    params, gradients = (data.draw(arrays_like(shapes, ONE_SIGN, lead)) for lead in ((), (STEPS,)))
+    a, b, default = parts
+    together, _ = walk(gx.by_path({"embed": a, ".*bias": b}, default, joint_norm=False), params, gradients)
+    for own, paths in ((a, ["embed"]), (b, ["head/bias", "layers/bias"]), (default, ["scale"])):
+        alone, _ = walk(own, *({path: tree[path] for path in paths} for tree in (params, gradients)))
+        assert_close([{path: update[path] for path in paths} for update in together], alone, FUSION)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import gradxform as gx
+from gradxform.catalog import evaluate
+from tests.support.tables import counterparts
+from tests.support.torch import Deferred, parameter, torch, walk_in_torch
 from tests.twins import elementwise as twins
 
 pytestmark = pytest.mark.once
-
-torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
 
 # Both sides round θ and the moments at each of fifty steps, by 2⁻²⁴ or 2⁻⁵³; relative to the largest that an
 # element has been, or to 1. Measured 5.4e-7 and 3.0e-15.
@@ -26,29 +27,27 @@ def dtype(request):
         yield request.param
 
 
-def parameter(value, gradient):
-    param = torch.nn.Parameter(torch.from_numpy(value.copy()))
-    param.grad = torch.from_numpy(gradient.copy())
-    return param
-
-
-def walk_in_torch(optimizer, theta, gradients):
-    """The parameters after each step of a torch optimizer, stacked."""
-    param = parameter(theta, gradients[0])
-    stepper, path = optimizer([param]), []
-    for gradient in gradients:
-        param.grad = torch.from_numpy(gradient)
-        stepper.step()
-        path.append(param.detach().numpy().copy())
-    return np.stack(path)
-
-
 def assert_same_walk(tx, optimizer, dtype, tolerance=None):
     theta, gradients = twins.example(dtype)
     ours, theirs = twins.walk(tx, theta, gradients), walk_in_torch(optimizer, theta, gradients)
     error = np.abs(ours - theirs) / np.maximum(1, np.abs(theirs).max(axis=0))
     assert ours.dtype == theirs.dtype
     assert error.max() <= (tolerance or TOLERANCE[dtype])
+
+
+# The counterparts that the catalog names; torch keeps the product of NAdam's β₁ in float32 always.
+OPTIMIZERS = [pair for pair in counterparts("torch") if pair[1].startswith("optim.")]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), OPTIMIZERS)
+def test_the_counterpart_takes_the_same_steps(ours, theirs, dtype):
+    tolerance = TOLERANCE["float32" if "NAdam" in theirs else dtype]
+    assert_same_walk(evaluate(ours), evaluate(theirs, torch, optim=Deferred(torch.optim)), dtype, tolerance)
+
+
+@pytest.mark.parametrize("theirs", [theirs for _, theirs in counterparts("torch") if not theirs.startswith("optim.")])
+def test_the_other_counterparts_are_compared_below(theirs):
+    assert theirs in ("nn.utils.clip_grad_value_(c)", "nn.utils.clip_grad_norm_(c)")
 
 
 def grid(**options):
