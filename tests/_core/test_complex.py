@@ -55,8 +55,8 @@ def test_first_moments_are_complex_and_second_moments_real(name):
 # By magnitudes, as optax
 
 
-@pytest.mark.parametrize(("ours", "theirs"), counterparts("optax", ANY_LEAF))
-def test_same_walk_as_optax(ours, theirs):
+@counterparts("optax", ANY_LEAF)
+def test_same_walk_as_optax(entry, ours, theirs):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # optax multiplies integer counts by floats
         path, their_path = (twins.walk(tx, *example("float64")) for tx in (evaluate(ours), evaluate(theirs, optax)))
     # both round θ and the moments at each of twenty steps, by 2⁻⁵³
@@ -66,8 +66,8 @@ def test_same_walk_as_optax(ours, theirs):
 # By parts, as torch
 
 
-@pytest.mark.parametrize(("ours", "theirs"), counterparts("torch", ANY_LEAF))
-def test_split_into_parts_it_is_the_same_walk_as_torch(ours, theirs, dtype):
+@counterparts("torch", ANY_LEAF)
+def test_split_into_parts_it_is_the_same_walk_as_torch(entry, ours, theirs, dtype):
     torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
     from tests.support.torch import Deferred, walk_in_torch
 

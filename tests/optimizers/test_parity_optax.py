@@ -13,7 +13,7 @@ import pytest
 import gradxform as gx
 from gradxform import catalog
 from gradxform.catalog import evaluate
-from tests.support.tables import counterparts, entry_of
+from tests.support.tables import counterparts
 from tests.twins import elementwise as twins
 
 pytestmark = pytest.mark.once
@@ -81,13 +81,13 @@ def test_same_call_same_walk(name, arguments, dtype):
 IN_FLOAT32 = {"accumulate": 1e-7, "muon": 1e-7}
 
 
-@pytest.mark.parametrize(("ours", "theirs"), counterparts("optax"))
-def test_the_counterpart_takes_the_same_steps(ours, theirs):
+@counterparts("optax")
+def test_the_counterpart_takes_the_same_steps(entry, ours, theirs):
     params, gradients = map(twins.as_tree, twins.example("float64"))
-    if entry_of(ours).sees == "matrix":
+    if entry.sees == "matrix":
         params, gradients = ({"kernel": tree["kernel"]} for tree in (params, gradients))
     with jax.enable_x64(True):
-        bound = IN_FLOAT32.get(entry_of(ours).name, tolerance(ours, "float64"))
+        bound = IN_FLOAT32.get(entry.name, tolerance(ours, "float64"))
         assert_same_walk(evaluate(ours), evaluate(theirs, optax), params, gradients, bound)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gradxform as gx
+from gradxform import catalog
 from gradxform.catalog import evaluate
 from tests.support.tables import counterparts
 from tests.support.torch import Deferred, parameter, torch, walk_in_torch
@@ -35,19 +36,19 @@ def assert_same_walk(tx, optimizer, dtype, tolerance=None):
     assert error.max() <= (tolerance or TOLERANCE[dtype])
 
 
-# The counterparts that the catalog names; torch keeps the product of NAdam's β₁ in float32 always.
-OPTIMIZERS = [pair for pair in counterparts("torch") if pair[1].startswith("optim.")]
-
-
-@pytest.mark.parametrize(("ours", "theirs"), OPTIMIZERS)
-def test_the_counterpart_takes_the_same_steps(ours, theirs, dtype):
+@counterparts("torch", catalog.OPTIMIZERS)
+def test_the_counterpart_takes_the_same_steps(entry, ours, theirs, dtype):
+    # torch keeps the product of NAdam's β₁ in float32 always
     tolerance = TOLERANCE["float32" if "NAdam" in theirs else dtype]
     assert_same_walk(evaluate(ours), evaluate(theirs, torch, optim=Deferred(torch.optim)), dtype, tolerance)
 
 
-@pytest.mark.parametrize("theirs", [theirs for _, theirs in counterparts("torch") if not theirs.startswith("optim.")])
-def test_the_other_counterparts_are_compared_below(theirs):
-    assert theirs in ("nn.utils.clip_grad_value_(c)", "nn.utils.clip_grad_norm_(c)")
+def test_the_counterparts_of_clips_are_compared_below():
+    others = [entry for entry in catalog.CATALOG.values() if entry not in catalog.OPTIMIZERS]
+    assert {entry.name for entry in others if not isinstance(entry.torch, str)} == {
+        "clip_by_value",
+        "clip_by_global_norm",
+    }
 
 
 def grid(**options):

@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 

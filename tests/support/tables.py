@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import gradxform as gx
 from gradxform import catalog
@@ -62,7 +63,12 @@ def of_degree(degree: int, among: dict[str, gx.Transformation]) -> list[str]:
     return [text for text in among if entry_of(text).degree == degree]
 
 
-def counterparts(library: str, entries: Iterable[Entry] = catalog.CATALOG.values()) -> list[tuple[str, str]]:
-    """Calls of ours, and those of the library that do the same."""
-    found = (getattr(entry, library) for entry in entries)
-    return [pair for pairs in found if not isinstance(pairs, str) for pair in pairs.items()]
+def counterparts(library: str, entries: Iterable[Entry] = catalog.CATALOG.values()) -> Any:
+    """Rows of an entry, a call of ours, and that of the library that does the same."""
+    rows = [
+        pytest.param(entry, ours, theirs, id=f"{ours} = {library}.{theirs}")
+        for entry in entries
+        if not isinstance(pairs := getattr(entry, library), str)
+        for ours, theirs in pairs.items()
+    ]
+    return pytest.mark.parametrize(("entry", "ours", "theirs"), rows)
