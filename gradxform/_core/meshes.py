@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from gradxform._core.compat import AxisType, auto_axes, reshard, varying_axes
 from gradxform._core.trees import concrete, name_leaf
 
 # Meshes whose axes the compiler divides, and those that types show
@@ -33,14 +34,14 @@ def partitioned(function: Callable[..., Any], like: Any, *arguments: Any) -> Any
     def placed(one: Any) -> NamedSharding:
         return NamedSharding(meshes[0], one if isinstance(one, PartitionSpec) else spec_of(one))
 
-    automatic = jax.sharding.auto_axes(function, axes=meshes[0].explicit_axes, out_sharding=jax.tree.map(placed, like))
+    automatic = auto_axes(function, axes=meshes[0].explicit_axes, out_sharding=jax.tree.map(placed, like))
     return automatic(*arguments)
 
 
 def divided_like(other: Any, x: Any) -> Any:
     """`x`, divided as the type of another array of its shape says that that is."""
     sharding = jax.typeof(other).sharding
-    return jax.sharding.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
+    return reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
 
 
 def beside(leaf: Any, slot: Any) -> Any:
@@ -152,4 +153,4 @@ def check_whole(leaf: Any, who: str, structure: Any, index: int) -> None:
 
 def varying_over(x: Any) -> frozenset[str]:
     """The mesh axes over which JAX knows an array to differ."""
-    return frozenset() if concrete(x) else jax.typeof(x).manual_axis_type.varying
+    return frozenset() if concrete(x) else varying_axes(x)

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from gradxform._core.compat import Tracer, canonical_dtype
 from gradxform._core.differences import difference
 
 _BOX = jax.tree_util.GetAttrKey("value")
@@ -44,8 +44,7 @@ def aval(leaf: Any) -> Aval:
     if isinstance(leaf, float | complex | int) and not isinstance(leaf, bool):
         return (), np.dtype(jnp.result_type(leaf))
     if isinstance(leaf, np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        canonical: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
-        return leaf.shape, canonical
+        return leaf.shape, canonical_dtype(leaf.dtype)
     return (), None
 
 

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import gradxform as gx
-from tests.support.strategies import OPTIMIZERS, ORDINARY, STEPS, assert_same, walk
+from gradxform.catalog import evaluate
+from tests.support.tables import ANY_LEAF, OPTIMIZERS, counterparts
+from tests.support.trees import STEPS, assert_same, walk
 from tests.twins import elementwise as twins
 
 pytestmark = pytest.mark.once
@@ -56,74 +55,27 @@ def test_first_moments_are_complex_and_second_moments_real(name):
 # By magnitudes, as optax
 
 
-IN_OPTAX = {
-    "sgd": optax.sgd(0.1),
-    "sgd with momentum": optax.sgd(0.1, momentum=0.9),
-    "sgd with nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "momentum": optax.chain(optax.ema(0.9, debias=False), optax.scale_by_learning_rate(0.1)),
-    "adagrad": optax.adagrad(0.1, initial_accumulator_value=0.0),
-    "rmsprop": optax.rmsprop(0.1),
-    "rmsprop centered": optax.rmsprop(0.1, centered=True, momentum=0.9),
-    "adam": optax.adam(0.1),
-    "nadam": optax.nadam(0.1),
-    "adamw": optax.adamw(0.1),
-    "adam_l2": optax.chain(optax.add_decayed_weights(1e-4), optax.adam(0.1)),
-}
-WITH_EPS_OF_OPTAX = OPTIMIZERS | {"adagrad": gx.adagrad(0.1, eps_in_sqrt=True)}
-
-
-@every_optimizer
-def test_same_walk_as_optax(name):
+@counterparts("optax", ANY_LEAF)
+def test_same_walk_as_optax(entry, ours, theirs):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # optax multiplies integer counts by floats
-        ours, theirs = (twins.walk(tx[name], *example("float64")) for tx in (WITH_EPS_OF_OPTAX, IN_OPTAX))
+        path, their_path = (twins.walk(tx, *example("float64")) for tx in (evaluate(ours), evaluate(theirs, optax)))
     # both round θ and the moments at each of twenty steps, by 2⁻⁵³
-    assert_near(ours, theirs, 1e-14)
+    assert_near(path, their_path, 1e-14)
 
 
 # By parts, as torch
 
 
-IN_TORCH = {
-    "sgd": ("SGD", {}),
-    "sgd with momentum": ("SGD", {"momentum": 0.9}),
-    "sgd with nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
-    "momentum": ("SGD", {"lr": 0.1 * (1 - 0.9), "momentum": 0.9}),  # α·(1 − β) times the sum is α times the average
-    "adagrad": ("Adagrad", {"eps": 1e-7}),
-    "rmsprop": ("RMSprop", {"alpha": 0.9}),
-    "rmsprop centered": ("RMSprop", {"alpha": 0.9, "eps": 1e-3, "centered": True, "momentum": 0.9}),
-    "adam": ("Adam", {}),
-    "nadam": ("NAdam", {"momentum_decay": 1e6}),  # the end of torch's schedule for β₁, where it is constant
-    "adamw": ("AdamW", {"weight_decay": 1e-4}),
-    "adam_l2": ("Adam", {"weight_decay": 1e-4}),
-}
-# Centered, v − m² cancels, and torch takes its root unguarded: the larger ε keeps small what both round off.
-WITH_EPS_OF_TORCH = OPTIMIZERS | {
-    "rmsprop": gx.rmsprop(0.1, eps_in_sqrt=False),
-    "rmsprop centered": gx.rmsprop(0.1, eps=1e-3, eps_in_sqrt=False, centered=True, momentum=0.9),
-}
-
-
-def walk_in_torch(name, params, gradients):
+@counterparts("torch", ANY_LEAF)
+def test_split_into_parts_it_is_the_same_walk_as_torch(entry, ours, theirs, dtype):
     torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
-    optimizer, options = IN_TORCH[name]
-    leaves = {key: torch.nn.Parameter(torch.from_numpy(leaf.copy())) for key, leaf in params.items()}
-    stepper = getattr(torch.optim, optimizer)(leaves.values(), **{"lr": 0.1, **options})
-    path = []
-    for step in range(len(gradients["w"])):
-        for key, leaf in leaves.items():
-            leaf.grad = torch.from_numpy(gradients[key][step].copy())
-        stepper.step()
-        path.append({key: leaf.detach().numpy().copy() for key, leaf in leaves.items()})
-    return {key: np.stack([params[key] for params in path]) for key in leaves}
+    from tests.support.torch import Deferred, walk_in_torch
 
-
-@every_optimizer
-def test_split_into_parts_it_is_the_same_walk_as_torch(name, dtype):
-    theirs = walk_in_torch(name, *example(dtype))
+    their_path = walk_in_torch(evaluate(theirs, torch, optim=Deferred(torch.optim)), *example(dtype))
     with jax.numpy_dtype_promotion("standard"):  # optax joins the parts by a product with 1j
-        ours = twins.walk(optax.contrib.split_real_and_imaginary(WITH_EPS_OF_TORCH[name]), *example(dtype))
+        path = twins.walk(optax.contrib.split_real_and_imaginary(evaluate(ours)), *example(dtype))
     # both round θ and the moments at each of twenty steps; torch keeps NAdam's product of β₁ in float32 always
-    assert_near(ours, theirs, 1e-14 if dtype == "float64" and name != "nadam" else 2e-6)
+    assert_near(path, their_path, 1e-14 if dtype == "float64" and "NAdam" not in theirs else 2e-6)
 
 
 @every_optimizer
@@ -145,42 +97,6 @@ def test_split_into_parts_a_pattern_names_each_part():
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS)
     assert_same(updates, {"w": zero["w"], "z": 0.5 * PARAMS["z"]})
-
-
-# Phases
-
-
-EQUIVARIANT = OPTIMIZERS | {
-    "clip_by_value": gx.clip_by_value(1.0),
-    "clip_by_leaf_norm": gx.clip_by_leaf_norm(1.0),
-    "clip_by_global_norm": gx.clip_by_global_norm(1.0),
-    "accumulate": gx.accumulate(gx.momentum(0.1), every=2),
-    "masked chain": gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(0.1, weight_decay=0.5, mask="z")),
-}
-
-
-def mixed(lead=()):
-    """A real and a complex leaf in double precision."""
-    return st.tuples(*[hnp.arrays(np.float64, (*lead, 3), elements=ORDINARY)] * 3).map(
-        lambda drawn: {"w": drawn[0], "z": drawn[1] + 1j * drawn[2]}
-    )
-
-
-@pytest.mark.parametrize("name", EQUIVARIANT)
-@given(params=mixed(), gradients=mixed((STEPS,)), angles=hnp.arrays(np.float64, 3, elements=st.floats(-4.0, 4.0)))
-def test_updates_turn_with_the_phases_of_params_and_gradients(name, params, gradients, angles):
-    def turned(tree):
-        return {"w": tree["w"], "z": tree["z"] * np.exp(1j * angles)}
-
-    def updates(params, gradients):
-        return jax.tree.map(lambda *some: np.stack(some), *walk(EQUIVARIANT[name], params, gradients)[0])
-
-    with jax.enable_x64(True):
-        straight, crooked = updates(params, gradients), updates(turned(params), turned(gradients))
-    for key, expected in turned(straight).items():
-        largest = np.abs(gradients[key]).max(axis=0) + np.abs(expected).max(axis=0)
-        # a few dozen roundings of 2⁻⁵³ of the gradients, which may cancel where they are averaged
-        assert (np.abs(crooked[key] - expected) <= 1e-14 * largest).all()
 
 
 # Mixed trees

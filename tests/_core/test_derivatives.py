@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import gradxform as gx
-from tests.support.strategies import OPTIMIZERS, assert_same
+from tests.support.tables import OPTIMIZERS
+from tests.support.trees import assert_same
 
 pytestmark = pytest.mark.once
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import rich
-from flax import nnx
 
 import gradxform as gx
 
@@ -109,14 +106,24 @@ class Layer(NamedTuple):
     bias: Any
 
 
-class EquinoxModel(eqx.Module):
-    dense: eqx.nn.Linear
-    scale: jax.Array
+def equinox_params() -> Any:
+    eqx = pytest.importorskip("equinox")
+
+    class Model(eqx.Module):
+        dense: eqx.nn.Linear
+        scale: jax.Array
+
+    return eqx.filter(Model(eqx.nn.Linear(2, 3, key=jax.random.key(0)), jnp.ones(())), eqx.is_array)
 
 
-class NnxModel(nnx.Module):
-    def __init__(self):
-        self.dense = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+def nnx_params() -> Any:
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+    return nnx.state(Model(), nnx.Param)
 
 
 TREES = {
@@ -126,11 +133,8 @@ TREES = {
     "named tuple": (lambda: Layer(jnp.ones((2, 3)), jnp.ones(3)), {"kernel": (2, 3), "bias": (3,)}),
     "equal ends": (lambda: {"a": {"w": jnp.ones(3)}, "w": jnp.ones(2)}, {"a/w": (3,), "w": (2,)}),
     "None": (lambda: {"a": None, "w": jnp.ones(2)}, {"w": (2,)}),
-    "Equinox": (
-        lambda: eqx.filter(EquinoxModel(eqx.nn.Linear(2, 3, key=jax.random.key(0)), jnp.ones(())), eqx.is_array),
-        {"dense/weight": (3, 2), "dense/bias": (3,), "scale": ()},
-    ),
-    "Flax NNX": (lambda: nnx.state(NnxModel(), nnx.Param), {"dense/bias": (3,), "dense/kernel": (2, 3)}),
+    "Equinox": (equinox_params, {"dense/weight": (3, 2), "dense/bias": (3,), "scale": ()}),
+    "Flax NNX": (nnx_params, {"dense/bias": (3,), "dense/kernel": (2, 3)}),
     "nothing": (dict, {}),
 }
 
@@ -255,7 +259,7 @@ def test_what_init_refuses_is_refused(tx, params, error, message):
 def narrow(monkeypatch):
     """A terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(rich, "_console", None)
+    monkeypatch.setattr("rich._console", None)
 
 
 def block() -> Any:

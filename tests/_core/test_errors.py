@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ import optax
 import pytest
 
 import gradxform as gx
-from tests.support.strategies import assert_same
+from tests.support.trees import assert_same
 
 pytestmark = pytest.mark.once
 
@@ -128,6 +127,7 @@ def test_leaves_that_cannot_be_trained(argument, call, leaf, words):
 
 
 def test_an_unfiltered_equinox_module_is_refused_by_the_name_of_its_leaf():
+    eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(2, 1, 2, 1, key=jax.random.key(0))
     check(Row(lambda: gx.adam(0.1).init(model), TypeError, "params.activation & eqx.filter"))
     gx.adam(0.1).init(eqx.filter(model, eqx.is_inexact_array))

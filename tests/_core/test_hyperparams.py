@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import gradxform as gx
-from tests.support.strategies import assert_close, assert_same, walk
+from tests.support.trees import assert_close, assert_same, walk
 
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3), "c": jnp.ones(3)}
 ONE = jnp.ones(1)

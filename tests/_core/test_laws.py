@@ -9,29 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import gradxform as gx
+from tests.support import chex
 from tests.support.strategies import (
-    OPTIMIZERS,
+    ORDINARY,
     POSITIVE,
     STAGES,
-    STEPS,
     WHOLE_TREE,
-    WITHOUT_EPS,
     arrays_like,
-    assert_close,
-    assert_same,
     chains,
-    gradient,
     magnitudes,
     problems,
-    signature,
     signed,
     structures,
-    walk,
 )
+from tests.support.tables import OPTIMIZERS, WITHOUT_EPS, of_degree
+from tests.support.trees import STEPS, assert_close, assert_same, gradient, signature, walk
 
 # XLA rounds a·b + c once or twice, depending on what is compiled together, so two ways to compile one step may
 # differ in the last bits. On numbers of one sign nothing cancels, and each of the few dozen operations of three
@@ -136,7 +136,7 @@ def test_updates_look_like_params_and_the_state_keeps_its_signature(tx, problem)
 DTYPES = st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
 
 
-@given(st.sampled_from(["rmsprop", "adamw"]), st.lists(st.tuples(DTYPES, DTYPES), min_size=1, max_size=3))
+@given(st.sampled_from(sorted(OPTIMIZERS)), st.lists(st.tuples(DTYPES, DTYPES), min_size=1, max_size=3))
 def test_updates_come_in_the_dtypes_of_the_params(name, dtypes):
     assume(all(ours == jnp.complex64 or theirs != jnp.complex64 for ours, theirs in dtypes))
     params, grads = ([jnp.ones(2, pair[i]) for pair in dtypes] for i in range(2))
@@ -151,21 +151,16 @@ def everything(dtype: Any) -> st.SearchStrategy[float]:
     return signed(float(jnp.finfo(dtype).smallest_normal), min(float(jnp.finfo(dtype).max), np.float32(1e37)))
 
 
-def assert_all_finite(tree: Any) -> None:
-    for leaf in jax.tree.leaves(tree):
-        assert jnp.isfinite(leaf).all()
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @given(problem=problems(everything(jnp.float32)))
 def test_finite_gradients_give_finite_updates(name, problem):
-    assert_all_finite(walk(OPTIMIZERS[name], *problem))
+    chex.assert_tree_all_finite(walk(OPTIMIZERS[name], *problem))
 
 
 @pytest.mark.parametrize("name", WITHOUT_EPS)
 @given(problem=problems(everything(jnp.float32)))
 def test_finite_gradients_give_finite_updates_without_eps(name, problem):
-    assert_all_finite(walk(WITHOUT_EPS[name], *problem))
+    chex.assert_tree_all_finite(walk(WITHOUT_EPS[name], *problem))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -175,7 +170,7 @@ def test_finite_gradients_of_low_precision_give_finite_updates(dtype, optimizers
     tx = optimizers[data.draw(st.sampled_from(sorted(optimizers)))]
     leaf = jax.ShapeDtypeStruct((3,), dtype)
     params = data.draw(arrays_like(leaf, everything(dtype)))
-    assert_all_finite(walk(tx, params, data.draw(arrays_like(leaf, everything(dtype), (STEPS,)))))
+    chex.assert_tree_all_finite(walk(tx, params, data.draw(arrays_like(leaf, everything(dtype), (STEPS,)))))
 
 
 # A tree only names its leaves
@@ -219,7 +214,7 @@ def times(factor: float, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: factor * leaf, tree)
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT_EPS if name != "adamw"])
+@pytest.mark.parametrize("name", of_degree(0, WITHOUT_EPS))
 @given(problem=problems(MODERATE), c=POWERS_OF_TWO)
 def test_normalised_steps_ignore_the_scale_of_the_gradient(name, problem, c):
     params, gradients = problem
@@ -227,7 +222,7 @@ def test_normalised_steps_ignore_the_scale_of_the_gradient(name, problem, c):
     assert_same(walk(tx, params, times(c, gradients))[0], walk(tx, params, gradients)[0])
 
 
-@pytest.mark.parametrize("name", ["sgd", "sgd with momentum", "sgd with nesterov", "momentum"])
+@pytest.mark.parametrize("name", of_degree(1, OPTIMIZERS))
 @given(problem=problems(MODERATE), c=POWERS_OF_TWO)
 def test_linear_steps_grow_with_the_gradient(name, problem, c):
     params, gradients = problem
@@ -235,12 +230,11 @@ def test_linear_steps_grow_with_the_gradient(name, problem, c):
     assert_same(walk(tx, params, times(c, gradients))[0], times(c, walk(tx, params, gradients)[0]))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("adamw", "adam_l2")])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @given(problem=problems())
-def test_steps_turn_with_the_sign_of_the_gradient(name, problem):
-    params, gradients = problem
+def test_steps_turn_with_the_signs_of_parameters_and_gradients(name, problem):
     tx = OPTIMIZERS[name]
-    assert_same(walk(tx, params, times(-1.0, gradients))[0], times(-1.0, walk(tx, params, gradients)[0]))
+    assert_same(walk(tx, *times(-1.0, problem))[0], times(-1.0, walk(tx, *problem)[0]))
 
 
 @pytest.mark.parametrize(
@@ -270,3 +264,58 @@ def test_apply_updates_adds(problem):
     params, gradients = problem
     updates = gradient(gradients, 0)
     assert_same(gx.apply_updates(params, updates), jax.tree.map(jnp.add, params, updates))
+
+
+# Updates of complex leaves turn with their phases
+
+
+EQUIVARIANT = OPTIMIZERS | {
+    "clip_by_value": gx.clip_by_value(1.0),
+    "clip_by_leaf_norm": gx.clip_by_leaf_norm(1.0),
+    "clip_by_global_norm": gx.clip_by_global_norm(1.0),
+    "accumulate": gx.accumulate(gx.momentum(0.1), every=2),
+    "masked chain": gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(0.1, weight_decay=0.5, mask="z")),
+}
+
+
+def mixed(lead=()):
+    """A real and a complex leaf in double precision."""
+    return st.tuples(*[hnp.arrays(np.float64, (*lead, 3), elements=ORDINARY)] * 3).map(
+        lambda drawn: {"w": drawn[0], "z": drawn[1] + 1j * drawn[2]}
+    )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", EQUIVARIANT)
+@given(params=mixed(), gradients=mixed((STEPS,)), angles=hnp.arrays(np.float64, 3, elements=st.floats(-4.0, 4.0)))
+def test_updates_turn_with_the_phases_of_params_and_gradients(name, params, gradients, angles):
+    def turned(tree):
+        return {"w": tree["w"], "z": tree["z"] * np.exp(1j * angles)}
+
+    def updates(params, gradients):
+        return jax.tree.map(lambda *some: np.stack(some), *walk(EQUIVARIANT[name], params, gradients)[0])
+
+    with jax.enable_x64(True):
+        straight, crooked = updates(params, gradients), updates(turned(params), turned(gradients))
+    for key, expected in turned(straight).items():
+        largest = np.abs(gradients[key]).max(axis=0) + np.abs(expected).max(axis=0)
+        # a few dozen roundings of 2⁻⁵³ of the gradients, which may cancel where they are averaged
+        assert (np.abs(crooked[key] - expected) <= 1e-14 * largest).all()
+
+
+# Groups are chains on their leaves
+
+GROUPED = {"embed": (2, 2), "head/bias": (2,), "layers/bias": (2,), "scale": (2,)}
+few = st.lists(st.sampled_from(POSITIVE), max_size=2).map(lambda stages: gx.chain(*stages))
+
+
+@pytest.mark.once
+@given(st.tuples(few, few, few), st.data())
+def test_groups_with_norms_of_their_own_are_chains_on_their_leaves(parts, data):
+    shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in GROUPED.items()}
+    params, gradients = (data.draw(arrays_like(shapes, ONE_SIGN, lead)) for lead in ((), (STEPS,)))
+    a, b, default = parts
+    together, _ = walk(gx.by_path({"embed": a, ".*bias": b}, default, joint_norm=False), params, gradients)
+    for own, paths in ((a, ["embed"]), (b, ["head/bias", "layers/bias"]), (default, ["scale"])):
+        alone, _ = walk(own, *({path: tree[path] for path in paths} for tree in (params, gradients)))
+        assert_close([{path: update[path] for path in paths} for update in together], alone, FUSION)

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import gradxform as gx
-from tests.support.strategies import assert_close, assert_same
+from tests.support.trees import assert_close, assert_same
 
 pytestmark = pytest.mark.once
 

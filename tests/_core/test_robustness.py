@@ -20,9 +20,12 @@ from jax.core import Tracer
 
 import gradxform as gx
 from gradxform._core.state import state_type
-from tests.support.strategies import OPTIMIZERS, STEPS, WITHOUT_EPS, assert_same, walk
+from gradxform.catalog import CATALOG
+from tests.support import chex
+from tests.support.tables import OPTIMIZERS, WITHOUT_EPS, examples
+from tests.support.trees import STEPS, assert_same, walk
 
-EVERY = OPTIMIZERS | {f"{name}, eps=0": tx for name, tx in WITHOUT_EPS.items()}
+EVERY = OPTIMIZERS | WITHOUT_EPS
 CLIPS = {
     "clip_by_value": gx.clip_by_value(1.0),
     "clip_by_leaf_norm": gx.clip_by_leaf_norm(1.0),
@@ -83,7 +86,7 @@ def test_a_clipped_gradient_of_any_size_acts_as_what_it_is_clipped_to(name):
         ours, _ = walk(tx, zeros_like(grads), repeated(grads))
         expected, _ = walk(EVERY[name], zeros_like(grads), repeated(clipped))
         for update, leaf in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-            assert jnp.isfinite(update).all()
+            chex.assert_tree_all_finite(update)
             # the norm, the quotient and the product round thrice by 2⁻²⁴, NAdam and the square double that
             np.testing.assert_allclose(update, leaf, rtol=1e-6, atol=0)
 
@@ -106,9 +109,12 @@ def test_what_is_not_finite_shows_as_far_as_its_clip_reaches(name, value):
 # Leaves
 
 
-@pytest.mark.parametrize("name", [*EVERY, "clip_by_value"])
+ELEMENTWISE = examples(entry for entry in CATALOG.values() if entry.sees == "element")
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE | {name: EVERY[name] for name in WITHOUT_EPS})
 def test_an_element_gives_the_same_numbers_in_a_leaf_of_any_shape(name):
-    tx = {**EVERY, **CLIPS}[name]
+    tx = {**EVERY, **ELEMENTWISE}[name]
     random = np.random.default_rng(0)
     vector, gradients = (jnp.asarray(random.normal(size=size), jnp.float32) for size in (13, (STEPS, 13)))
     updates, state = walk(tx, vector, gradients)
@@ -129,7 +135,7 @@ def test_leaves_without_elements_take_part_and_change_nothing(name):
     both, state = tx.update(empty | some, tx.init(empty | some), empty | some)
     alone, _ = tx.update(some, tx.init(some), some)
     assert_same((nothing, both), (empty, empty | alone))
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state)
 
 
 @pytest.mark.parametrize("name", WITH_STATE)
@@ -199,7 +205,7 @@ def test_an_error_names_a_leaf_a_thousand_nodes_deep(node, name, key, deep_recur
 
 
 @pytest.mark.parametrize(
-    ("name", "transform"), [("adamw", lambda call: call), ("sgd", jax.jit)], ids=["eager", "compiled"]
+    ("name", "transform"), [("adamw(α)", lambda call: call), ("sgd(α)", jax.jit)], ids=["eager", "compiled"]
 )
 def test_a_tree_may_have_three_thousand_leaves(name, transform):
     # of a larger optimizer than SGD this many small leaves keep XLA busy for minutes

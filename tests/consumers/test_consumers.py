@@ -13,19 +13,28 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import flax.serialization
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+
+pytest.importorskip("equinox")
+pytest.importorskip("flax")
+pytest.importorskip("haiku")
+pytest.importorskip("orbax.checkpoint")
+
+import equinox as eqx
+import flax.serialization
+import haiku as hk
+import orbax.checkpoint as ocp
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import gradxform as gx
+from gradxform import catalog
+from tests.support import chex
+from tests.support.chex import assert_trees_all_close as assert_close
 
 ROOT = pathlib.Path(__file__).parents[2]
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
@@ -33,15 +42,12 @@ PARAMS = {"kernel": jnp.arange(1.0, 7.0).reshape(2, 3), "bias": jnp.array([0.5, 
 MASK = {"kernel": True, "bias": False}
 
 
-def _optimizers():
-    for name, value in vars(gx).items():
-        arguments = inspect.signature(value).parameters if inspect.isfunction(value) else {}
-        if next(iter(arguments), None) == "learning_rate":
-            on_matrices = {"matrices": ".*kernel", "other": gx.adam(1e-3)} if "matrices" in arguments else {}
-            yield name, functools.partial(value, **on_matrices)
-
-
-OPTIMIZERS = dict(_optimizers())
+OPTIMIZERS = {
+    entry.name: functools.partial(
+        entry.function, **({"matrices": ".*kernel", "other": gx.adam(1e-3)} if entry.sees == "matrix" else {})
+    )
+    for entry in catalog.OPTIMIZERS
+}
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
 
@@ -61,15 +67,9 @@ def walk(tx, params, grads, state=None):
 
 
 def assert_identical(actual, expected):
-    """Same structure, dtypes and bits."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-
-
-def assert_close(actual, expected, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), actual, expected)
+    """Same structure, dtypes and bits; bfloat16 is float32 to chex."""
+    chex.assert_trees_all_equal(actual, expected)
+    assert jax.tree.map(jnp.result_type, actual) == jax.tree.map(jnp.result_type, expected)
 
 
 @contextlib.contextmanager

@@ -5,25 +5,31 @@ from __future__ import annotations
 import functools
 import warnings
 
-import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import optax
-import optimistix
 import pytest
+
+pytest.importorskip("blackjax")
+pytest.importorskip("numpyro")
+pytest.importorskip("optimistix")
+
+import blackjax
+import numpyro
+import optimistix
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 import gradxform as gx
+from tests.support.chex import assert_trees_all_close as assert_close
 
 pytestmark = pytest.mark.once
 
 with warnings.catch_warnings():
     # its last release says so on every import
     warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
-    import jaxopt
+    jaxopt = pytest.importorskip("jaxopt")
 
 BETAS = {"b1": 0.5, "b2": 0.75}  # exact in float32, so that 1 - b2**t is not what the two libraries differ by
 
@@ -33,10 +39,6 @@ def lenient():
     """Foreign code promotes and broadcasts, as JAX lets it by default."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-def assert_close(actual, expected, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), actual, expected)
 
 
 # numpyro

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 
-import equinox as eqx
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+
+pytest.importorskip("equinox")
+pytest.importorskip("flax")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("sklearn")
+
+import equinox as eqx
+import flax.serialization
+import orbax.checkpoint as ocp
 import sklearn.datasets
 
 import gradxform as gx

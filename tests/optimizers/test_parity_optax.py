@@ -11,6 +11,9 @@ import optax
 import pytest
 
 import gradxform as gx
+from gradxform import catalog
+from gradxform.catalog import evaluate
+from tests.support.tables import counterparts
 from tests.twins import elementwise as twins
 
 pytestmark = pytest.mark.once
@@ -74,31 +77,18 @@ def test_same_call_same_walk(name, arguments, dtype):
     assert_same_walk(ours, theirs, *twins.example(dtype), tolerance(name, dtype))
 
 
-# The same step under another name, or with an option that optax does not have.
-OTHER_NAMES = {
-    "adagrad": (gx.adagrad(0.1, 0.1, eps_in_sqrt=True), optax.adagrad(0.1)),
-    "adagrad, large eps": (gx.adagrad(0.1, 0.5, 1e-2, eps_in_sqrt=True), optax.adagrad(0.1, 0.5, 1e-2)),
-    "momentum": (gx.momentum(0.01), optax.chain(optax.ema(0.9, debias=False), optax.scale_by_learning_rate(0.01))),
-    "nadam": (gx.adam(0.1, nesterov=True), optax.nadam(0.1)),
-    "nadam, other betas": (gx.adam(falling, 0.5, 0.9, nesterov=True), optax.nadam(falling, 0.5, 0.9)),
-    "nadamw": (gx.adamw(0.1, weight_decay=0.1, nesterov=True), optax.nadamw(0.1, weight_decay=0.1)),
-    "adam_l2": (gx.adam_l2(0.1, weight_decay=0.1), optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.1))),
-    "trace": (gx.scale_by_momentum(0.5, dampening=0.0), optax.trace(0.5)),
-    "trace, nesterov": (gx.scale_by_momentum(0.5, dampening=0.0, nesterov=True), optax.trace(0.5, nesterov=True)),
-    "ema": (gx.scale_by_momentum(0.9, debias=True), optax.ema(0.9)),
-    "ema, not debiased": (gx.scale_by_momentum(0.99), optax.ema(0.99, debias=False)),
-    "scale_by_rms": (gx.normalize_by_rms(0.9, 0.0, eps_root=1e-8), optax.scale_by_rms(0.9, 1e-8)),
-    "scale_by_rss": (gx.normalize_by_rss(0.0, eps_root=1e-7, initial_accumulator_value=0.1), optax.scale_by_rss()),
-    "scale_by_adam": (gx.scale_by_adam(), optax.scale_by_adam()),
-    "clip": (gx.clip_by_value(0.5), optax.clip(0.5)),
-    "add_decayed_weights": (gx.add_decoupled_weight_decay(0.1), optax.add_decayed_weights(0.1)),
-}
+# The counterparts that the catalog names; two keep float32 numbers of their own: optax's mean and Muon's rate.
+IN_FLOAT32 = {"accumulate": 1e-7, "muon": 1e-7}
 
 
-@pytest.mark.parametrize("name", OTHER_NAMES)
-def test_same_step_same_walk(name):
+@counterparts("optax")
+def test_the_counterpart_takes_the_same_steps(entry, ours, theirs):
+    params, gradients = map(twins.as_tree, twins.example("float64"))
+    if entry.sees == "matrix":
+        params, gradients = ({"kernel": tree["kernel"]} for tree in (params, gradients))
     with jax.enable_x64(True):
-        assert_same_walk(*OTHER_NAMES[name], *twins.example("float64"), tolerance(name, "float64"))
+        bound = IN_FLOAT32.get(entry.name, tolerance(ours, "float64"))
+        assert_same_walk(evaluate(ours), evaluate(theirs, optax), params, gradients, bound)
 
 
 def test_rmsprop_centered_and_debiased():
@@ -143,16 +133,10 @@ OTHER_DEFAULTS = {
 }
 
 
-def common_optimizers():
-    functions = {name: value for name, value in vars(gx).items() if inspect.isfunction(value)}
-    return [
-        name
-        for name, function in functions.items()
-        if function.__module__.startswith("gradxform.optimizers.") and hasattr(optax, name)
-    ]
+COMMON = [entry.name for entry in (*catalog.OPTIMIZERS, catalog.CATALOG["scale_by_adam"]) if hasattr(optax, entry.name)]
 
 
-@pytest.mark.parametrize("name", common_optimizers())
+@pytest.mark.parametrize("name", COMMON)
 def test_arguments_are_optaxs(name):
     ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (gx, optax))
     by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -162,7 +146,3 @@ def test_arguments_are_optaxs(name):
     assert theirs.keys() <= ours.keys()
     differing = {(name, key) for key, p in theirs.items() if ours[key].default != p.default}
     assert differing == {place for place in OTHER_DEFAULTS if place[0] == name}
-
-
-def test_the_optimizers_of_both_are_these():
-    assert sorted(common_optimizers()) == ["adagrad", "adam", "adamw", "rmsprop", "scale_by_adam", "sgd"]

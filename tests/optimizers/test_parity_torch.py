@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import gradxform as gx
+from gradxform import catalog
+from gradxform.catalog import evaluate
+from tests.support.tables import counterparts
+from tests.support.torch import Deferred, parameter, torch, walk_in_torch
 from tests.twins import elementwise as twins
 
 pytestmark = pytest.mark.once
-
-torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
 
 # Both sides round θ and the moments at each of fifty steps, by 2⁻²⁴ or 2⁻⁵³; relative to the largest that an
 # element has been, or to 1. Measured 5.4e-7 and 3.0e-15.
@@ -26,29 +28,27 @@ def dtype(request):
         yield request.param
 
 
-def parameter(value, gradient):
-    param = torch.nn.Parameter(torch.from_numpy(value.copy()))
-    param.grad = torch.from_numpy(gradient.copy())
-    return param
-
-
-def walk_in_torch(optimizer, theta, gradients):
-    """The parameters after each step of a torch optimizer, stacked."""
-    param = parameter(theta, gradients[0])
-    stepper, path = optimizer([param]), []
-    for gradient in gradients:
-        param.grad = torch.from_numpy(gradient)
-        stepper.step()
-        path.append(param.detach().numpy().copy())
-    return np.stack(path)
-
-
 def assert_same_walk(tx, optimizer, dtype, tolerance=None):
     theta, gradients = twins.example(dtype)
     ours, theirs = twins.walk(tx, theta, gradients), walk_in_torch(optimizer, theta, gradients)
     error = np.abs(ours - theirs) / np.maximum(1, np.abs(theirs).max(axis=0))
     assert ours.dtype == theirs.dtype
     assert error.max() <= (tolerance or TOLERANCE[dtype])
+
+
+@counterparts("torch", catalog.OPTIMIZERS)
+def test_the_counterpart_takes_the_same_steps(entry, ours, theirs, dtype):
+    # torch keeps the product of NAdam's β₁ in float32 always
+    tolerance = TOLERANCE["float32" if "NAdam" in theirs else dtype]
+    assert_same_walk(evaluate(ours), evaluate(theirs, torch, optim=Deferred(torch.optim)), dtype, tolerance)
+
+
+def test_the_counterparts_of_clips_are_compared_below():
+    others = [entry for entry in catalog.CATALOG.values() if entry not in catalog.OPTIMIZERS]
+    assert {entry.name for entry in others if not isinstance(entry.torch, str)} == {
+        "clip_by_value",
+        "clip_by_global_norm",
+    }
 
 
 def grid(**options):

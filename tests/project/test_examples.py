@@ -26,6 +26,8 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example_runs(example, tmp_path):
+    for package in re.findall(r"^(?:import|from) (\w+)", example.read_text(), flags=re.MULTILINE):
+        pytest.importorskip(package)
     draws = "--out" in example.read_text()
     command = [sys.executable, "-W", "error", str(example), "--quick", *(["--out", str(tmp_path)] if draws else [])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "MPLBACKEND": "agg"}
@@ -53,6 +55,7 @@ def test_example_runs(example, tmp_path):
 
 
 def test_the_optimizer_in_ten_lines_is_lion():
+    pytest.importorskip("sklearn")  # which the example trains on
     scale_by_lion = runpy.run_path(str(ROOT / "examples" / "own_transformation.py"))["scale_by_lion"]
     assert repr(scale_by_lion()) == "scale_by_lion(0.9, b2=0.99)"
     assert scale_by_lion() == scale_by_lion()
@@ -71,6 +74,7 @@ def test_the_optimizer_in_ten_lines_is_lion():
 
 
 def test_the_optimizer_in_ten_lines_checks_its_numbers():
+    pytest.importorskip("sklearn")  # which the example trains on
     scale_by_lion = runpy.run_path(str(ROOT / "examples" / "own_transformation.py"))["scale_by_lion"]
     with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\), got 1"):
         scale_by_lion(b1=1.0)

@@ -16,6 +16,8 @@ README = pathlib.Path(__file__).parents[2] / "README.md"
 def test_code_blocks_run(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 7
+    for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks), flags=re.MULTILINE):
+        pytest.importorskip(package)
     namespace = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the frameworks rely on both
         for block in blocks:

@@ -16,6 +16,7 @@ import types
 import pytest
 
 import gradxform as gx
+from gradxform.catalog import CATALOG
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = pathlib.Path(gx.__file__)
@@ -70,8 +71,8 @@ def test_public_things_know_their_own_name():
         assert getattr(gx, name).__name__ == name
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_the_readme_names(name):
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in CATALOG])
+def test_the_readme_names_what_is_in_no_row_of_the_catalog(name):
     assert re.search(rf"\b{name}\b", (ROOT / "README.md").read_text(encoding="utf-8")), f"README.md lacks {name}"
 
 

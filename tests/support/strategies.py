@@ -1,48 +1,30 @@
-"""Random trees, chains and gradients for the laws, and what it means that two runs agree."""
+"""Random trees, chains and gradients for the laws."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import gradxform as gx
-
-STEPS = 3
+from tests.support.tables import ANY_LEAF, OPTIMIZERS, examples
+from tests.support.trees import STEPS, Layer
 
 # Few shapes, because each is compiled once per chain: 0-d, a matrix with an axis of size one, no element at all.
 SHAPES = ((), (1, 3), (0,))
 
-OPTIMIZERS = {
-    "sgd": gx.sgd(0.1),
-    "sgd with momentum": gx.sgd(0.1, momentum=0.9),
-    "sgd with nesterov": gx.sgd(0.1, momentum=0.9, nesterov=True),
-    "momentum": gx.momentum(0.1),
-    "adagrad": gx.adagrad(0.1),
-    "rmsprop": gx.rmsprop(0.1),
-    "rmsprop centered": gx.rmsprop(0.1, centered=True, momentum=0.9),
-    "adam": gx.adam(0.1),
-    "nadam": gx.adam(0.1, nesterov=True),
-    "adamw": gx.adamw(0.1),
-    "adam_l2": gx.adam_l2(0.1),
-}
-
-# The same with nothing added to the divisor.
-WITHOUT_EPS = {
-    "adagrad": gx.adagrad(0.1, eps=0.0),
-    "rmsprop": gx.rmsprop(0.1, eps=0.0),
-    "adam": gx.adam(0.1, eps=0.0),
-    "nadam": gx.adam(0.1, eps=0.0, nesterov=True),
-    "adamw": gx.adamw(0.1, eps=0.0),
-}
-
 # Stages that look at all leaves together.
-WHOLE_TREE = (gx.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0))
+NORMS = (gx.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0))
+WHOLE_TREE = (*NORMS, *examples(entry for entry in ANY_LEAF if entry.sees == "tree").values())
 
 # Stages that keep positive gradients positive, so that rounding errors stay relative to the result.
 POSITIVE = (
@@ -61,7 +43,7 @@ POSITIVE = (
     optax.scale(2.0),
     optax.trace(0.9),
     optax.clip(1.0),
-    *WHOLE_TREE,
+    *NORMS,
 )
 
 STAGES = (
@@ -70,15 +52,8 @@ STAGES = (
     gx.normalize_by_rms(0.9, centered=True),
     gx.accumulate(gx.momentum(0.1), every=2),
     optax.add_decayed_weights(0.1),
-    *(OPTIMIZERS[name] for name in ("sgd with nesterov", "rmsprop centered", "adamw")),
+    *OPTIMIZERS.values(),
 )
-
-
-class Layer(NamedTuple):
-    """A node with field names."""
-
-    kernel: Any
-    bias: Any
 
 
 def structures(shapes: tuple[tuple[int, ...], ...] = SHAPES) -> st.SearchStrategy[Any]:
@@ -139,36 +114,3 @@ def problems(
     """Parameters, and as many gradients as there are steps, stacked along the first axis of each leaf."""
     structure = draw(structures(shapes))
     return draw(arrays_like(structure, elements)), draw(arrays_like(structure, elements, (steps,)))
-
-
-def gradient(gradients: Any, step: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[step], gradients)
-
-
-def walk(tx: Any, params: Any, gradients: Any, steps: int = STEPS, state: Any = None) -> tuple[list[Any], Any]:
-    """Every update and the last state; parameters stay where they are."""
-    state = tx.init(params) if state is None else state
-    updates = []
-    for step in range(steps):
-        update, state = tx.update(gradient(gradients, step), state, params)
-        updates.append(update)
-    return updates, state
-
-
-def signature(tree: Any) -> Any:
-    """What decides about a retrace: the structure, and each leaf's shape, dtype and weak type."""
-    return jax.tree.structure(tree), [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def assert_same(left: Any, right: Any) -> None:
-    """The same structure, shapes, dtypes and values, bit for bit (NaN equals NaN)."""
-    assert signature(left) == signature(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def assert_close(left: Any, right: Any, rtol: float) -> None:
-    """The same structure, shapes and dtypes, and values within `rtol`; counters and zeros bit for bit."""
-    assert signature(left) == signature(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol if jnp.issubdtype(a.dtype, jnp.inexact) else 0, atol=0)

@@ -255,12 +255,8 @@ def clip_by_leaf_norm(updates, max_norm):
 
 
 def clip_by_global_norm(updates, max_norm):
-    """Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063, algorithm 1, where each update is a list of leaves."""
-    results = []
-    for t, leaves in enumerate(updates, 1):
-        norm = np.sqrt(sum(np.sum(np.abs(leaf) ** 2) for leaf in leaves))
-        results.append([u * at(max_norm, t) / norm if norm > at(max_norm, t) else u for u in leaves])
-    return results
+    """The same on the vector of all leaves."""
+    return clip_by_leaf_norm(updates, max_norm)
 
 
 # What the comparisons share: one example, and a walk through it
@@ -280,6 +276,14 @@ def as_tree(array):
     """The 20 elements, or a stack of them, as two leaves."""
     kernel, bias = array[..., :12], array[..., 12:]
     return {"kernel": kernel.reshape(*kernel.shape[:-1], 4, 3), "bias": bias}
+
+
+def as_array(tree):
+    """What `as_tree` made two leaves of."""
+    if not isinstance(tree, dict):
+        return tree
+    kernel, bias = tree["kernel"], tree["bias"]
+    return np.concatenate([kernel.reshape(*kernel.shape[:-2], 12), bias], axis=-1)
 
 
 def walk(tx, params, gradients):

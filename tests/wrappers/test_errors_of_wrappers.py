@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 
 import gradxform as gx
 from tests._core.test_errors import Row, check, table
-from tests.support.strategies import assert_same
+from tests.support.trees import assert_same
 
 pytestmark = pytest.mark.once
 
@@ -39,6 +38,10 @@ def with_b(leaf: Any) -> Any:
     return {**PARAMS, "b": leaf}
 
 
+def network() -> Any:
+    return pytest.importorskip("equinox").nn.MLP(2, 1, 2, 1, key=jax.random.key(0))
+
+
 def update(tx: Any, updates: Any = PARAMS, state: Any = None, params: Any = PARAMS) -> Any:
     return tx.update(updates, tx.init(PARAMS) if state is None else state, params)
 
@@ -56,7 +59,7 @@ INPUTS = {
     "string in params": (lambda tx: tx.init(with_b("adam")), TypeError, "params['b'] & str 'adam'"),
     "int in params": (lambda tx: tx.init(with_b(jnp.ones(3, int))), TypeError, "params['b'] & int32[3]"),
     "module": (
-        lambda tx: tx.init({**PARAMS, "b": eqx.nn.MLP(2, 1, 2, 1, key=jax.random.key(0))}),
+        lambda tx: tx.init(with_b(network())),
         TypeError,
         "params['b'].activation & eqx.filter",
     ),

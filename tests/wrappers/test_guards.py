@@ -15,7 +15,7 @@ import pytest
 
 import gradxform as gx
 from gradxform.numerics import norms as euclidean
-from tests.support.strategies import assert_same, signature
+from tests.support.trees import assert_same, signature
 
 pytestmark = pytest.mark.once
 

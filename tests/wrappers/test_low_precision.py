@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
-import equinox as eqx
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
-from flax.training.train_state import TrainState
-from sklearn.datasets import load_digits
 
 import gradxform as gx
 from gradxform.numerics import rounding
-from tests.support.strategies import gradient, signature, walk
+from tests.support.eight_devices import on_eight_devices
+from tests.support.trees import gradient, signature, walk
 
 pytestmark = pytest.mark.once
 
-ROOT = pathlib.Path(__file__).parents[2]
 LOW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 FORMS = {
     "stochastic": lambda tx: gx.stochastic_rounding(tx, 0),
@@ -294,13 +285,7 @@ print("sharded")
 
 
 def test_eight_devices_give_the_bits_of_one():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment["JAX_PLATFORMS"] = "cpu"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED],
-        env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False,
-    )  # fmt: skip
-    assert done.stdout == "sharded\n", done.stderr
+    assert on_eight_devices("-c", SHARDED) == "sharded\n"
 
 
 @every_form
@@ -314,9 +299,10 @@ def test_the_state_keeps_its_signature(form):
 
 @every_form
 def test_a_restored_state_goes_on_with_the_same_bits(form):
+    serialization = pytest.importorskip("flax.serialization")
     tx, gradients = form(gx.momentum(1e-3, state_dtype="bfloat16")), gradients_for(TREE)
     params, state = steps(tx, TREE, jax.tree.map(lambda leaf: leaf[:2], gradients))
-    restored = flax.serialization.from_bytes(tx.init(TREE), flax.serialization.to_bytes(state))
+    restored = serialization.from_bytes(tx.init(TREE), serialization.to_bytes(state))
     rest = jax.tree.map(lambda leaf: leaf[2:], gradients)
     assert_bits(steps(tx, params, rest, jax.tree.map(jnp.asarray, restored)), steps(tx, TREE, gradients))
 
@@ -408,7 +394,7 @@ class Digits:
     """Handwritten digits, and a network with one hidden layer that computes in float32 whatever its parameters are."""
 
     def __init__(self, steps=500, batch=64, hidden=32):
-        x, y = load_digits(return_X_y=True)
+        x, y = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
         random = np.random.default_rng(0)
         self.x, self.y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y)
         self.batches = jnp.asarray(random.integers(len(x), size=(steps, batch)))
@@ -577,9 +563,11 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
 
 @some_forms
 def test_a_linen_train_state_walks_as_the_pair_does(name):
+    linen, train_state = pytest.importorskip("flax.linen"), pytest.importorskip("flax.training.train_state")
     model, tx = linen.Dense(3, param_dtype=jnp.bfloat16, dtype=jnp.float32), FORMS[name](MOMENTUM)
     with lenient():
-        start = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), X)["params"], tx=tx)
+        params = model.init(jax.random.key(0), X)["params"]
+        start = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
         gradients = gradients_for(start.params)
         end = start
         for step in range(4):
@@ -589,6 +577,7 @@ def test_a_linen_train_state_walks_as_the_pair_does(name):
 
 @some_forms
 def test_an_nnx_optimizer_walks_as_the_pair_does(name):
+    nnx = pytest.importorskip("flax.nnx")
     model, tx = nnx.Linear(4, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16), FORMS[name](MOMENTUM)
     start, optimizer = nnx.state(model, nnx.Param), nnx.Optimizer(model, tx, wrt=nnx.Param)
     params, gradients = nnx.to_pure_dict(start), gradients_for(start)
@@ -602,6 +591,7 @@ def test_an_nnx_optimizer_walks_as_the_pair_does(name):
 
 @every_form
 def test_equinox_that_widens_the_parameters_is_refused_with_the_remedy(form):
+    eqx = pytest.importorskip("equinox")
     model = jax.tree.map(jnp.bfloat16, eqx.nn.Linear(4, 3, key=jax.random.key(0)))
     for tx in (form(gx.sgd(0.1)), form(gx.chain(gx.sgd(0.1), gx.freeze("bias")))):  # what is frozen stays bfloat16
         updates, state = tx.update(model, tx.init(model), model)

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
-from flax.training.train_state import TrainState
 
 import gradxform as gx
-from tests.support.strategies import signature
+from tests.support.trees import signature
 
 pytestmark = pytest.mark.once
 
@@ -261,9 +259,10 @@ X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 
 
 def test_metrics_of_a_linen_train_state():
+    linen, train_state = pytest.importorskip("flax.linen"), pytest.importorskip("flax.training.train_state")
     model = linen.Dense(2)
     params = model.init(jax.random.key(0), X)["params"]
-    trained = TrainState.create(apply_fn=model.apply, params=params, tx=OBSERVED)
+    trained = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=OBSERVED)
     gradient = jax.grad(lambda params: jnp.sum(model.apply({"params": params}, X) ** 2))(params)
     trained = trained.apply_gradients(grads=gradient)
     metrics = gx.metrics(trained.opt_state)
@@ -273,6 +272,7 @@ def test_metrics_of_a_linen_train_state():
 
 
 def test_metrics_of_an_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, OBSERVED, wrt=nnx.Param)
     gradient = nnx.grad(lambda model: jnp.sum(model(X) ** 2))(model)

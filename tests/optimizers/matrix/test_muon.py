@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import gradxform as gx
-from tests.support.strategies import assert_same
+from tests.support.trees import assert_same
 from tests.twins import elementwise as twins
 from tests.twins import matrices as muon_twins
 

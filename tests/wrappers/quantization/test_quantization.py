@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import pickle
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-import sklearn.datasets
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gradxform as gx
 from gradxform.wrappers.quantization.codecs import CODECS
 from gradxform.wrappers.quantization.coded import decoded
-from tests.support.strategies import assert_close, assert_same, signature
+from tests.support.trees import assert_close, assert_same, signature
 
 pytestmark = pytest.mark.once
 
@@ -239,7 +236,7 @@ def test_a_negative_second_moment_and_a_nan_are_seen():
 
 @functools.cache
 def digits():
-    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
     return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
 
 
@@ -316,11 +313,12 @@ def test_hyperparameters_metrics_and_structure():
 
 @every_codec
 def test_states_come_back_from_checkpoints(codec, tmp_path):
+    flax, ocp = pytest.importorskip("flax.serialization"), pytest.importorskip("orbax.checkpoint")
     tx = gx.quantize_state(gx.chain(optax.clip(1.0), gx.adamw(1e-3)), codec)
     params, state = walk(tx, 1)
     expected = walk(tx, 2, params, state)
     assert_same(walk(tx, 2, params, pickle.loads(pickle.dumps(state))), expected)
-    assert_same(walk(tx, 2, params, flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))), expected)
+    assert_same(walk(tx, 2, params, flax.from_bytes(state, flax.to_bytes(state))), expected)
     if codec in ("root8", "bfloat16"):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "state", state)
