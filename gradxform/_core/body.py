@@ -152,6 +152,10 @@ class Wrapper(Body):
     def assign(self, params: Any) -> list[Assigned]:
         return self.tx.assign(params)
 
+    def inner_params(self, params: Any) -> Any:
+        """The parameters, or shapes of them, as the wrapped transformation gets them."""
+        return params
+
     like_params: ClassVar[tuple[str, ...]] = ()
     """The fields of its own state that are trees like the parameters."""
 
@@ -161,7 +165,7 @@ class Wrapper(Body):
         trees_of = [
             a for name in self.like_params for a in per_leaf((GetAttrKey(name),), getattr(state, name), params, "kept")
         ]
-        return [*shared(state, *own), *trees_of, *within("inner", self.tx.inventory(params))]
+        return [*shared(state, *own), *trees_of, *within("inner", self.tx.inventory(self.inner_params(params)))]
 
     @property
     def name(self) -> str:

@@ -158,7 +158,7 @@ def _leaf_plans(
     for own, act, end, aval in zip(by_leaf, acts, ends, avals, strict=True):
         key = (id(own), end, aval)
         if key not in known:
-            places = tuple(owned_slots(rules, own)) if act else ()
+            places = tuple(owned_slots(rules, own)) if act and trees.trainable(aval[1]) else ()
             known[key] = LeafPlan(own, act, places, tuple(slot_avals(own, *aval)) if places else (), end)
         plans.append(known[key])
     return plans

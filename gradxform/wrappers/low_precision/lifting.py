@@ -129,7 +129,7 @@ class LowPrecision(Wrapper):
     def init(self, params: Any) -> LowPrecisionState:
         leaves, structure = jax.tree.flatten(params)
         narrow = self._narrow(leaves, self.tx.frozen(params))
-        wide = [widened(leaf) if trees.trainable(trees.aval(leaf)[1]) else leaf for leaf in leaves]
+        wide = jax.tree.leaves(self.inner_params(params))
         residuals = [
             meshes.beside(leaf, self.form.first_residual(value))
             if is_narrow and self.form.residual_dtype is not None
@@ -138,6 +138,9 @@ class LowPrecision(Wrapper):
         ]
         seed = jnp.asarray(self.key or 0, jnp.uint32)
         return LowPrecisionState(seed, structure.unflatten(residuals), self.tx.init(structure.unflatten(wide)))
+
+    def inner_params(self, params: Any) -> Any:
+        return jax.tree.map(lambda leaf: widened(leaf) if trees.trainable(trees.aval(leaf)[1]) else leaf, params)
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type(self.name, state, LowPrecisionState)

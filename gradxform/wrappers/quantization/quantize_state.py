@@ -131,7 +131,7 @@ class QuantizeState(Wrapper):
         return f"{self.name}({', '.join([repr(self.tx), *changed])})"
 
     def inventory(self, params: Any) -> list[StateArray]:
-        state, seen = state_shapes(self.init, params), self.seen(params)
+        state, seen = state_shapes(self.init, params), self.inner_params(params)
         coded = {array.path for array in self.coding(params).arrays}
         kept = [array for array in self.tx.inventory(seen) if array.path not in coded]
         parts = [per_leaf_by_name(name, getattr(state, name), params) for name in ("codes", "scales")]
@@ -145,7 +145,7 @@ class QuantizeState(Wrapper):
             act and self.fits(trees.aval(leaf)) for act, leaf in zip(trained, leaves, strict=True)
         ):
             raise ValueError(f"{self.name} has nothing to do: the state of {self.tx!r} has no array like a parameter")
-        state = self.tx.init(self.seen(params))
+        state = self.tx.init(self.inner_params(params))
         return self._closed(jnp.zeros((), jnp.uint32), state, coding, structure, placed=True)
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
@@ -159,8 +159,8 @@ class QuantizeState(Wrapper):
 
         decode = coded if coding.in_kernels else _decoded
         opened = coding.opened(state.codes, state.scales, state.inner, structure, decode)
-        given = updates if not self.widens else structure.unflatten([self.seen(leaf.update) for leaf in leaves.leaves])
-        result, new, report = self.tx.step(given, opened, None if params is None else self.seen(params), call)
+        given = updates if not self.widens else structure.unflatten([self.inner_params(leaf.update) for leaf in leaves.leaves])
+        result, new, report = self.tx.step(given, opened, None if params is None else self.inner_params(params), call)
         if self.widens:
             result = self._narrowed(leaves, structure.flatten_up_to(result), call)
         closed = self._closed(state.seed, new, coding, structure)
@@ -195,7 +195,7 @@ class QuantizeState(Wrapper):
         leaves, structure = jax.tree.flatten(params)
         avals = [trees.aval(leaf) for leaf in leaves]
         shapes = [leaf if a[1] is None else jax.ShapeDtypeStruct(*a) for leaf, a in zip(leaves, avals, strict=True)]
-        seen = self.seen(structure.unflatten(shapes))
+        seen = self.inner_params(structure.unflatten(shapes))
         inventory = self.tx.inventory(seen)
         known = dict.fromkeys(array.field for array in inventory if array.leaf is not None)
         for name, _ in self.fields:
@@ -229,12 +229,12 @@ class QuantizeState(Wrapper):
         """Whether what is wrapped gets float32 leaves: ours computes in float32 whatever they are."""
         return isinstance(self.tx, Foreign)
 
-    def seen(self, tree: Any) -> Any:
-        """Updates or parameters as the wrapped transformation gets them."""
+    def inner_params(self, params: Any) -> Any:
+        """Parameters, or updates, as the wrapped transformation gets them."""
         if not self.widens:
-            return tree
+            return params
         return jax.tree.map(
-            lambda leaf: widened(decoded_leaf(leaf)) if trees.trainable(trees.aval(leaf)[1]) else leaf, tree
+            lambda leaf: widened(decoded_leaf(leaf)) if trees.trainable(trees.aval(leaf)[1]) else leaf, params
         )
 
     def _seed(self, seed: Any, number: int) -> Any:
