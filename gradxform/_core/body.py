@@ -189,6 +189,9 @@ class Init:
 
     __name__ = "init"  # what profiles show of ``jax.jit(tx.init)``
 
+    def __str__(self) -> str:  # what JAX asks for whenever it compiles
+        return "init of a gradxform.Transformation"
+
     def __call__(self, params: Any) -> Any:
         explain.check_order("init(params)", params=params)
         return spread(self.body.init(params), params)
@@ -201,6 +204,9 @@ class Update:
     body: Body
 
     __name__ = "update"  # what profiles show of ``jax.jit(tx.update)``
+
+    def __str__(self) -> str:  # what JAX asks for whenever it compiles
+        return "update of a gradxform.Transformation"
 
     def __call__(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         explain.check_order("update(updates, state, params)", updates=updates, params=params)

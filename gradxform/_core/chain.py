@@ -47,7 +47,7 @@ class Chain(Body):
     def __post_init__(self) -> None:
         object.__setattr__(self, "flat", expanded(self.stages))
         for stage, following in itertools.pairwise(self.stages):
-            if Chain((stage,)).lands:
+            if chain_of((stage,)).lands:
                 raise TypeError(
                     f"{stage!r} must be the last stage, or low-precision parameters miss the values that it chose "
                     f"for them; put {following!r} before it or inside it"
@@ -65,7 +65,7 @@ class Chain(Body):
 
     @functools.cached_property
     def needs_params(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
-        rules = [rule for stage in self.flat if isinstance(stage, Rule) for rule in stage.walk()]
+        rules = [rule for stage in self.flat if isinstance(stage, Rule) for rule in stage.parts]
         bodies = [stage.body for stage in self.flat if isinstance(stage, TreeStage)]
         masked = any(stage.mask for stage in (*rules, *self.flat))
         return masked or any(one.needs_params for one in (*rules, *bodies))
@@ -147,7 +147,7 @@ class Chain(Body):
         return select(self.flat, self._masks, tree, given)
 
     def __reduce__(self) -> Any:
-        return Chain, (self.stages,)
+        return chain_of, (self.stages,)
 
     def __repr__(self) -> str:
         if not self.stages:
@@ -217,7 +217,7 @@ class Chain(Body):
     def _who_needs_params(self) -> str:
         """The first stage that asks for the parameters, as messages call it."""
         for stage in self.flat:
-            for part in stage.walk() if isinstance(stage, Rule) else [stage]:
+            for part in stage.parts if isinstance(stage, Rule) else [stage]:
                 if part.mask is not None or (part.needs_params if isinstance(part, Rule) else part.body.needs_params):
                     return part.name if isinstance(part, Rule) else repr(part)
         raise AssertionError
@@ -284,7 +284,7 @@ class Chain(Body):
                 inner = iter(stage.body.assign(masked(acts, params, leaves, structure)))
                 assigned = [one.joined(next(inner)) if act else one for one, act in zip(assigned, acts, strict=True)]
                 continue
-            for rule in stage.walk():
+            for rule in stage.parts:
                 own = {str(h.name): h for _, h in rule.arguments if isinstance(h, Hyperparameter)}
                 acts = selection.acting(stage.mask, rule.mask)
                 assigned = [
@@ -292,6 +292,19 @@ class Chain(Body):
                     for one, act in zip(assigned, acts, strict=True)
                 ]
         return assigned
+
+
+def chain_of(stages: tuple[Stage, ...]) -> Chain:
+    """The chain of these stages: for equal ones the same, so that what is derived from them is derived once."""
+    rules = [stage for stage in stages if isinstance(stage, Rule) and stage.is_plain]
+    if len(rules) < len(stages):
+        return Chain(stages)
+    return _known(stages, tuple([rule.labels for rule in rules]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _known(stages: tuple[Stage, ...], labels: Any) -> Chain:
+    return Chain(stages)
 
 
 def _reports(stage: Rule | TreeStage) -> tuple[str, ...]:

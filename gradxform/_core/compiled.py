@@ -156,7 +156,7 @@ def _narrow(dtype: np.dtype[Any] | None) -> bool:
 def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
     """``step_scalars(dtype, count, dynamic)``: what is the same for all leaves whose arithmetic has this real dtype."""
 
-    narrow = any(_narrow(inner.state_dtype) for rule in rules for inner in rule.walk())
+    narrow = any(_narrow(inner.state_dtype) for rule in rules for inner in rule.parts)
 
     @functools.partial(jax.jit, static_argnums=0)
     def step_scalars(dtype, count, dynamic):  # pyright: ignore[reportMissingParameterType] (a compiled closure)

@@ -10,7 +10,7 @@ import optax
 
 from gradxform._core.arguments import flag
 from gradxform._core.body import Transformation
-from gradxform._core.chain import Chain
+from gradxform._core.chain import chain_of
 from gradxform._core.lift import stages_of
 from gradxform._core.masks import MaskLike, mask_of, table_of
 from gradxform._core.rule import Array, Rule, Slots, Step, no_slots
@@ -80,7 +80,7 @@ def by_path(
         members.append(Group(base, default))
     stage = Groups(table, tuple(members), flag("joint_norm", joint_norm))
     stage.expanded()  # raises where the groups do not fit together
-    return Transformation.of(Chain((stage,)))
+    return Transformation.of(chain_of((stage,)))
 
 
 def freeze(mask: MaskLike | None = None) -> Transformation:
@@ -103,7 +103,7 @@ def freeze(mask: MaskLike | None = None) -> Transformation:
       >>> print(updates["embed"], updates["w"])
       [-0. -0.] [-0.05]
     """
-    return Transformation.of(Chain((Rule("freeze", freeze, no_slots, _stay, mask=mask_of(mask), freezes=True),)))
+    return Transformation.of(chain_of((Rule("freeze", freeze, no_slots, _stay, mask=mask_of(mask), freezes=True),)))
 
 
 def _stay(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:

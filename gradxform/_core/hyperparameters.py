@@ -96,7 +96,7 @@ class Multiple:
         return f"{self.factor!r}*{self.of!r}"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Hyperparameter:
     """A value, the range it must lie in, the name under which users know it, and the group that has it.
 
@@ -104,10 +104,20 @@ class Hyperparameter:
     optimizer rebuilt from the same numbers is the same optimizer.
     """
 
-    value: float | jax.Array | Schedule | Live | Multiple
-    within: Range = FINITE
-    name: str | None = None
-    group: str | None = None
+    value: float | jax.Array | Schedule | Live | Multiple = dataclasses.field(compare=False)
+    within: Range = dataclasses.field(default=FINITE, compare=False)
+    name: str | None = dataclasses.field(default=None, compare=False)
+    group: str | None = dataclasses.field(default=None, compare=False)
+    key: tuple[Any, ...] = dataclasses.field(init=False)
+    """What equal ones share: made once, for rules are looked up by it in every trace."""
+
+    def __post_init__(self) -> None:
+        value = self.value
+        if isinstance(value, float):
+            key: tuple[Any, ...] = (value,)
+        else:
+            key = (self.name, value if isinstance(value, Multiple) else id(value))
+        object.__setattr__(self, "key", key)
 
     def named(self, name: str) -> Hyperparameter:
         """The same value, checked, under the name it already has or else under `name`."""
@@ -161,17 +171,6 @@ class Hyperparameter:
     def number(self) -> Any:
         """What it always is, where the state does not show it."""
         return self.value.factor * self.value.of.number if isinstance(self.value, Multiple) else self.value
-
-    def _key(self) -> tuple[Any, ...]:
-        if self.constant:
-            return (self.value,)
-        return (self.name, self.value if isinstance(self.value, Multiple) else id(self.value))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Hyperparameter) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
 
     def __repr__(self) -> str:
         return _show(self.value)

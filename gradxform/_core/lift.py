@@ -9,7 +9,7 @@ import optax
 
 from gradxform._core.arguments import axes, state_float_dtype
 from gradxform._core.body import Transformation, body_of
-from gradxform._core.chain import Chain
+from gradxform._core.chain import Chain, chain_of
 from gradxform._core.hyperparameters import Hyperparameter, Option
 from gradxform._core.masks import MaskLike, mask_of
 from gradxform._core.rule import Array, Branch, Measure, Rule, Slots, Step
@@ -36,7 +36,7 @@ def chain(*transformations: optax.GradientTransformation | optax.MultiSteps) -> 
       chain(clip_by_global_norm(1.0), scale_by_learning_rate(0.1))
     """
     named = ((f"argument {i} of chain", tx) for i, tx in enumerate(transformations, start=1))
-    return Transformation.of(Chain(tuple(stage for name, tx in named for stage in stages_of(name, tx))))
+    return Transformation.of(chain_of(tuple(stage for name, tx in named for stage in stages_of(name, tx))))
 
 
 def identity() -> Transformation:
@@ -159,7 +159,7 @@ def lift(
         state_dtype=state_float_dtype("state_dtype", state_dtype),
         arguments=tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
     )
-    return Transformation.of(Chain((rule,)))
+    return Transformation.of(chain_of((rule,)))
 
 
 def _argument(rule: str, key: str, value: Any) -> Any:
@@ -182,7 +182,7 @@ def _argument(rule: str, key: str, value: Any) -> Any:
 
 def branch(name: str, tx: Any) -> Transformation:
     """A transformation for a rule to apply to its own input; None is the identity."""
-    return chain() if tx is None else Transformation.of(Chain(stages_of(name, tx)))
+    return chain() if tx is None else Transformation.of(chain_of(stages_of(name, tx)))
 
 
 def stages_of(name: str, tx: Any) -> tuple[Stage, ...]:

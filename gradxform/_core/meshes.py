@@ -27,7 +27,8 @@ def partitioned(function: Callable[..., Any], like: Any, *arguments: Any) -> Any
     In between the compiler divides the work, as it does on other meshes: mathematics on one array need not say how each
     product or reshape of it is divided. JAX's `make_mesh` makes meshes whose axes are types.
     """
-    meshes = [kind.mesh for leaf in jax.tree.leaves(arguments) if _divided(kind := jax.typeof(leaf).sharding)]
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(arguments)]
+    meshes = [each.mesh for each in shardings if AxisType.Explicit in each.mesh.axis_types and _is_divided(each)]
     if not meshes:
         return function(*arguments)
 
@@ -55,9 +56,9 @@ def beside(leaf: Any, slot: Any) -> Any:
     return jnp.where(False, own.astype(slot.dtype), slot)
 
 
-def _divided(sharding: NamedSharding) -> bool:
-    """Whether the type of an array says that it is divided."""
-    return AxisType.Explicit in sharding.mesh.axis_types and any(axes is not None for axes in sharding.spec)
+def _is_divided(sharding: NamedSharding) -> bool:
+    """Whether an array is divided over any axis of its mesh."""
+    return any(axes is not None for axes in sharding.spec)
 
 
 def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:

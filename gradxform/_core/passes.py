@@ -114,7 +114,7 @@ class RulePass:
             if not rule.picky:
                 continue
             for index, (plan, leaf) in enumerate(zip(plans, leaves.leaves, strict=True)):
-                for inner in plan.rules[place].walk() if leaf.update is not None else ():
+                for inner in plan.rules[place].parts if leaf.update is not None else ():
                     if inner.fits and (problem := inner.fits(*trees.aval(leaf.update))):
                         name = trees.name_leaf("updates", leaves.structure, index)
                         raise ValueError(f"{inner.name}: {name} {problem}")
@@ -124,13 +124,13 @@ class RulePass:
     def _together(self, plans: Sequence[LeafPlan], leaves: Leaves, slots: Sequence[tuple[Any, ...]]) -> list[list[int]]:
         """The places of the leaves on which rules act: each alone, or several whose rules want to be `batched`."""
         acting = [i for i, plan in enumerate(plans) if plan.acts and leaves.leaves[i].update is not None]
-        wanted = {inner.batched for rule in self.rules for inner in rule.walk()}
+        wanted = {inner.batched for rule in self.rules for inner in rule.parts}
         if wanted <= {False}:
             return [[i] for i in acting]
         groups: dict[Any, list[int]] = {}
         for i in acting:
             leaf, plan = leaves.leaves[i], plans[i]
-            own = {inner.batched for rule in plan.rules for inner in rule.walk()}
+            own = {inner.batched for rule in plan.rules for inner in rule.parts}
             gains = None in own and jax.default_backend() != "cpu" and np.size(leaf.update) <= _LARGEST_BATCHED
             key: Any = i
             if (True in own or gains) and not any(isinstance(slot, EncodedMoment) for slot in slots[i]):

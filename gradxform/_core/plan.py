@@ -92,7 +92,7 @@ class Selection:
 
 def masks_of(stages: Sequence[Rule | TreeStage]) -> list[Mask]:
     """Every mask in a chain, each once."""
-    holders = [rule for stage in stages for rule in (stage.walk() if isinstance(stage, Rule) else [stage])]
+    holders = [rule for stage in stages for rule in (stage.parts if isinstance(stage, Rule) else [stage])]
     return list({holder.mask: None for holder in holders if holder.mask is not None})
 
 
@@ -166,7 +166,7 @@ def _leaf_plans(
 
 def _rules_by_leaf(rules: tuple[Rule, ...], selection: Selection, frozen: Sequence[bool]) -> list[tuple[Rule, ...]]:
     """What each leaf gets of some rules; a frozen one nothing."""
-    masks = list({rule.mask: None for outer in rules for rule in outer.walk() if rule.mask is not None})
+    masks = list({rule.mask: None for outer in rules for rule in outer.parts if rule.mask is not None})
     if not masks and not any(frozen):
         return [rules] * len(frozen)
     variants: dict[tuple[bool, ...], tuple[Rule, ...]] = {}

@@ -18,7 +18,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -138,23 +138,36 @@ class Rule:
     @functools.cached_property
     def picky(self) -> bool:
         """Whether there are leaves that it, or a branch of it, can't take."""
-        return any(inner.whole or inner.fits is not None for inner in self.walk())
+        return any(inner.whole or inner.fits is not None for inner in self.parts)
 
     @functools.cached_property
     def branches(self) -> list[tuple[str, tuple[Rule, ...]]]:
         return [(name, value.rules) for name, value in self.arguments if isinstance(value, Branch)]
 
-    def walk(self) -> Iterator[Rule]:
+    @functools.cached_property
+    def parts(self) -> tuple[Rule, ...]:
         """The rule itself, then those of its branches."""
-        yield self
-        for _, rules in self.branches:
-            for rule in rules:
-                yield from rule.walk()
+        return (self, *[part for _, rules in self.branches for rule in rules for part in rule.parts])
+
+    @functools.cached_property
+    def varying(self) -> list[tuple[str, Any]]:
+        """The arguments that a step fills in: hyperparameters that change, and branches."""
+        return [(name, value) for name, value in self.arguments if isinstance(value, Dynamic | Branch)]
 
     @property
     def hyperparameters(self) -> list[Hyperparameter]:
         """Its own and those of its branches."""
-        return [value for rule in self.walk() for _, value in rule.arguments if isinstance(value, Hyperparameter)]
+        return [value for rule in self.parts for _, value in rule.arguments if isinstance(value, Hyperparameter)]
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether it holds numbers only: no array, which may be traced, no mask, and nothing of a user's."""
+        return all(part.mask is None for part in self.parts) and all(h.constant for h in self.hyperparameters)
+
+    @functools.cached_property
+    def labels(self) -> tuple[Any, ...]:
+        """What is said of its hyperparameters: equal rules may call theirs otherwise."""
+        return tuple([(h.name, h.group, h.within) for h in self.hyperparameters])
 
     def bind(self, name_of: Callable[[Hyperparameter], str]) -> Rule:
         """The rule with every constant in place and a name where a value changes: hashable, free of arrays."""
@@ -205,13 +218,16 @@ class Rule:
         axis = self.axis_name if self.axis_name is None or len(self.axis_name) != 1 else self.axis_name[0]
         for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", dtype), ("axis_name", axis)):
             default: Any = defaults[key].default if key in defaults else None
-            off = value in (None, False, Branch(()), Hyperparameter(0.0))
+            plain = value.value if isinstance(value, Hyperparameter) else value
+            off = not isinstance(plain, jax.Array) and plain in (None, False, _NO_RULES)  # False is 0.0 too
             if not parts and isinstance(value, Hyperparameter):
                 parts.append(repr(value))
-            elif not (off and value in (default, Hyperparameter(default), Branch(()))):
+            elif not (off and plain in (default, _NO_RULES)):
                 parts.append(f"{key}={value!r}")
         return f"{self.name}({', '.join(parts)})"
 
+
+_NO_RULES = Branch(())
 
 NOTHING = Rule("identity", None, no_slots, pass_through)
 """What stands in place of a rule on a leaf that it leaves alone."""
@@ -283,17 +299,15 @@ def run(
         _check_kept(rule, "an update", update, new_update)
         if new_slots.keys() != slots.keys():
             raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
-        own = [name for name in slots if name not in dict(rule.branches)]
-        rest = {name: stored(name, new_slots[name]) for name in own if new_slots[name] is not kept.get(name)}
-        update, at_most = new_update, _limit(rule, step)
+        branches, rest = dict(rule.branches), {}
+        for name, new in new_slots.items():
+            if name not in branches and new is not kept.get(name):
+                rest[name] = stored(name, new)
+        limit = math.inf if rule.at_most is None else getattr(step, rule.at_most)
+        # what the magnitudes of the result do not exceed, as far as it is known before the step runs
+        update, at_most = new_update, limit if isinstance(limit, float) else math.inf
         new_state.append({**new_slots, **rest})
     return update, tuple(new_state)
-
-
-def _limit(rule: Rule, step: Step) -> float:
-    """What the magnitudes of the rule's result do not exceed, as far as it is known before the step runs."""
-    limit = math.inf if rule.at_most is None else getattr(step, rule.at_most)
-    return limit if isinstance(limit, float) else math.inf
 
 
 def _check_kept(rule: Rule, what: str, old: Array, new: Array) -> None:
@@ -313,15 +327,13 @@ def step_of(
 ) -> Step:
     """The step as `rule` sees it."""
     prepared = {**(prepared or {}), **(memory or {})}
-
-    def resolve(key: str, value: Any) -> Any:
+    arguments = dict(rule.arguments)
+    for name, value in rule.varying:
         if isinstance(value, Dynamic):
-            return scalars.dynamic[value.name]
-        if isinstance(value, Branch):
-            return _branch(value.rules, dataclasses.replace(scalars, prepared=prepared.pop(key, ())), keep)
-        return value
-
-    arguments = {key: resolve(key, value) for key, value in rule.arguments}
+            arguments[name] = scalars.dynamic[value.name]
+        else:
+            own = dataclasses.replace(scalars, prepared=prepared.pop(name, ()))
+            arguments[name] = _branch(value.rules, own, keep)
     return Step(number=scalars.number, **arguments, **prepared)
 
 

@@ -39,7 +39,8 @@ def strong(x: Any, dtype: Any) -> bool:
 
 def cast(x: Any, dtype: Any) -> Array:
     """`x` rounded to `dtype`; a finite number too large for it becomes its largest, not infinity."""
-    if strong(x, dtype):
+    known = getattr(x, "aval", None)
+    if known is not None and known.dtype == dtype and not known.weak_type:  # as `strong`, which is asked so often
         return x
     x = jnp.asarray(x)
     if jnp.issubdtype(dtype, jnp.complexfloating) and x.dtype != dtype:

@@ -12,7 +12,7 @@ import optax
 
 from gradxform._core import trees
 from gradxform._core.body import Transformation
-from gradxform._core.chain import Chain
+from gradxform._core.chain import chain_of
 from gradxform._core.folding import listed
 from gradxform._core.groups import own_group
 from gradxform._core.lift import stages_of
@@ -45,7 +45,7 @@ def by_layout(
         members.append(own_group("other", other))
     stage = Groups(table, tuple(members), joint=True)
     stage.expanded()  # raises where the groups do not fit together
-    return Transformation.of(Chain((stage,)))
+    return Transformation.of(chain_of((stage,)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Coded(EncodedMoment):
 def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Callable[..., Any]:
     coded = {place: codec for place, codec in enumerate(codecs) if codec is not None}
     used = list(coded.values())
-    in_parts = not any(inner.whole for rule in rules for inner in rule.walk())
+    in_parts = not any(inner.whole for rule in rules for inner in rule.parts)
 
     @compiled
     def coded_leaf_update(ending, dtype, scalars, own, update, slots, param, accepted, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
