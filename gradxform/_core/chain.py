@@ -91,6 +91,24 @@ class Chain(Body):
         name_of = {h: name for name, h in self.hyperparameters.items()}
         return self._passes(lambda rule: rule.bind(name_of.__getitem__))
 
+    @functools.cached_property
+    def eager(self) -> tuple[tuple[RulePass | TreePass, ...], dict[str, np.float64]]:
+        """The same for steps outside `jax.jit`, and the numbers that their compiled calls are given as arguments.
+
+        These are numbers that only scale: the next optimizer with another learning rate compiles nothing. Inside
+        `jax.jit` all is compiled anew anyway, and constants make faster kernels.
+        """
+        name_of = {h: name for name, h in self.hyperparameters.items()}
+        numbers: dict[str, np.float64] = {}
+
+        def name(h: Hyperparameter) -> str:
+            if not h.scales:
+                return name_of[h]
+            numbers[f"number {len(numbers)}"] = np.float64(h.number)
+            return f"number {len(numbers) - 1}"
+
+        return self._passes(lambda rule: rule.bind(name, keeps=lambda h: h.constant and not h.scales)), numbers
+
     def _passes(self, bind: Callable[[Rule], Rule]) -> tuple[RulePass | TreePass, ...]:
         runs: list[list[Rule] | TreeStage] = []
         for stage in self.flat:
@@ -131,15 +149,16 @@ class Chain(Body):
         """Those made so far."""
         return {}
 
-    def plan(self, tree: Any, given: bool = True) -> Plan:
+    def plan(self, tree: Any, given: bool = True, eager: bool = False) -> Plan:
         """What each leaf gets, for these parameters; where none are `given`, for updates in place of them."""
         leaves, structure = jax.tree.flatten(tree)
         selection = self._select(tree, given)
-        key = structure, trees.avals(leaves), selection.key, visible_dtype()
+        key = structure, trees.avals(leaves), selection.key, visible_dtype(), eager
         if key not in self._plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))
-            parts = [each.stage if isinstance(each, TreePass) else each.rules for each in self.passes]
+            passes = self.eager[0] if eager else self.passes
+            parts = [each.stage if isinstance(each, TreePass) else each.rules for each in passes]
             self._plans[key] = make_plan(parts, selection, key[1])
         return self._plans[key]
 
@@ -179,18 +198,22 @@ class Chain(Body):
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         if params is None and self.needs_params:
             raise ValueError(f"{self._who_needs_params()} needs the parameters: call update(updates, state, params)")
-        plan = self.plan(updates if params is None else params, given=params is not None)
+        tree = updates if params is None else params
+        eager = trees.concrete(getattr(state, "count", None)) and all(map(trees.concrete, jax.tree.leaves(tree)[:1]))
+        plan = self.plan(tree, params is not None, eager)
+        passes = self.eager[0] if eager else self.passes
         leaves = given = Leaves.of(updates, params, plan.frozen)
         self._check_state(state)
         values = self._values(state.count, getattr(state, "values", {}))
+        numbers = {**values, **self.eager[1]} if eager else values
         fields: dict[str, Any] = {}
         told: list[jax.Array] = []
-        for each, own, following in itertools.zip_longest(self.passes, plan.passes, self.passes[1:]):
+        for each, own, following in itertools.zip_longest(passes, plan.passes, passes[1:]):
             if isinstance(each, TreePass):
                 leaves, new, report = each.run(state, leaves, own, call)
             else:
                 rounds = isinstance(following, TreePass) and following.rounds
-                leaves, new, report = each.run(state, leaves, own, values, call, rounds)
+                leaves, new, report = each.run(state, leaves, own, numbers, call, rounds)
             fields |= new
             told += report.values()
         result = given.result(call.wants, self._results(leaves, plan, call))

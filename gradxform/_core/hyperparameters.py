@@ -151,6 +151,11 @@ class Hyperparameter:
         return isinstance(self.value, float)
 
     @property
+    def scales(self) -> bool:
+        """Whether it is a constant of any size, such as a learning rate: a kernel need not be made anew for another one."""
+        return isinstance(self.value, float) and self.value != 0.0 and self.within.high == math.inf
+
+    @property
     def live(self) -> bool:
         return isinstance(self.value, Live)
 

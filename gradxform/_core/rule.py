@@ -169,15 +169,17 @@ class Rule:
         """What is said of its hyperparameters: equal rules may call theirs otherwise."""
         return tuple([(h.name, h.group, h.within) for h in self.hyperparameters])
 
-    def bind(self, name_of: Callable[[Hyperparameter], str]) -> Rule:
-        """The rule with every constant in place and a name where a value changes: hashable, free of arrays."""
+    def bind(
+        self, name_of: Callable[[Hyperparameter], str], keeps: Callable[[Hyperparameter], bool] = lambda h: h.constant
+    ) -> Rule:
+        """The rule with the constants it `keeps` in place, and a name where a value changes: free of arrays."""
 
         def bound(value: Any) -> Any:
             if isinstance(value, Hyperparameter):
-                return value.value if value.constant else Dynamic(name_of(value))
+                return value.value if keeps(value) else Dynamic(name_of(value))
             return value
 
-        return self._mapped(lambda rule: rule.bind(name_of), bound)
+        return self._mapped(lambda rule: rule.bind(name_of, keeps), bound)
 
     def select(self, acts: Callable[[Mask], bool]) -> Rule:
         """The rule for one leaf: where a mask leaves the leaf out, nothing stands in its place, without state."""
