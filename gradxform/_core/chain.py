@@ -92,19 +92,19 @@ class Chain(Body):
         return self._passes(lambda rule: rule.bind(name_of.__getitem__))
 
     @functools.cached_property
-    def eager(self) -> tuple[tuple[RulePass | TreePass, ...], dict[str, np.float64]]:
+    def eager(self) -> tuple[tuple[RulePass | TreePass, ...], dict[str, np.ndarray]]:
         """The same for steps outside `jax.jit`, and the numbers that their compiled calls are given as arguments.
 
         These are numbers that only scale: the next optimizer with another learning rate compiles nothing. Inside
         `jax.jit` all is compiled anew anyway, and constants make faster kernels.
         """
         name_of = {h: name for name, h in self.hyperparameters.items()}
-        numbers: dict[str, np.float64] = {}
+        numbers: dict[str, np.ndarray] = {}
 
         def name(h: Hyperparameter) -> str:
             if not h.scales:
                 return name_of[h]
-            numbers[f"number {len(numbers)}"] = np.float64(h.number)
+            numbers[f"number {len(numbers)}"] = np.asarray(h.number, np.float64)
             return f"number {len(numbers) - 1}"
 
         return self._passes(lambda rule: rule.bind(name, keeps=lambda h: h.constant and not h.scales)), numbers
