@@ -281,7 +281,7 @@ def evaluate(keyed: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
         if isinstance(value, Live):
             value = stored.get(key_of[parameter], value.value)
         elif callable(value):
-            value = _scheduled(f"the schedule for {parameter.shown_as}", value, count)
+            value = scheduled(f"the schedule for {parameter.shown_as}", value, count)
             ends = Range(-math.inf, math.inf, closed_low=False, closed_high=parameter.within.closed_high)
             check_range(f"the schedule for {parameter.shown_as}", value, ends)
         return jnp.asarray(value, dtype=visible_dtype())
@@ -289,7 +289,8 @@ def evaluate(keyed: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
     return {key: one(parameter) for key, parameter in keyed.items()}
 
 
-def _scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:
+def scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:
+    """The value of a schedule, checked; `name` is what messages call it."""
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix the count with floats
             value = schedule(count)

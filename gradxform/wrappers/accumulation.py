@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import optax
 
 from gradxform._core import encoded
-from gradxform._core.arguments import axes, count_of, visible_dtype
+from gradxform._core.arguments import axes, count_of, one_of, visible_dtype
 from gradxform._core.body import Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
-from gradxform._core.hyperparameters import live
+from gradxform._core.compiled import increment
+from gradxform._core.hyperparameters import live, scheduled
 from gradxform._core.leaves import Leaf, Leaves, masked, no_update
 from gradxform._core.lift import lift
 from gradxform._core.measures import all_finite
 from gradxform._core.rule import Array, Slots, Step
 from gradxform._core.state import check_state_type, inner_hyperparams
-from gradxform._core.trees import concrete, unless
+from gradxform._core.trees import ANEW, concrete, unless
 from gradxform.numerics.arithmetic import cast, lerp
 
 
@@ -33,6 +34,8 @@ class AccumulateState(NamedTuple):
     """Those of them that were finite and are in the mean, int32."""
     dropped: jax.Array
     """Gradients left out since `init` because they were not finite, int32."""
+    steps: Any
+    """Steps taken since `init`, int32, where ``every`` is a schedule of them."""
     mean: Any
     """The mean so far, or that of the last step, a tree like the parameters, in at least float32."""
     inner: Any
@@ -47,7 +50,11 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(
-    tx: optax.GradientTransformation, every: int, *, axis_name: str | Sequence[str] | None = None
+    tx: optax.GradientTransformation,
+    every: int | Callable[[Any], Any],
+    *,
+    reduction: str = "mean",
+    axis_name: str | Sequence[str] | None = None,
 ) -> Transformation:
     """ḡ = mean of the finite ones of g₁, …, gₖ,  u ← tx(ḡ) at every k-th call, −0 at the others.
 
@@ -58,16 +65,18 @@ def accumulate(
 
     Args:
       tx: Any transformation.
-      every: k ≥ 1, calls per step.
+      every: k ≥ 1, calls per step; or a schedule of it, a function of the number of steps taken so far, such as
+        `optax.piecewise_constant_schedule`. A state that holds more gradients than that steps at the next call.
+      reduction: ``"mean"``, or ``"sum"`` of the gradients in place of their mean.
       axis_name: See `skip_nonfinite`.
 
     Returns:
       A transformation whose state has ``pending`` (gradients seen since the last step), ``kept`` (those in the
-      mean), ``dropped`` (those left out since `init`), ``mean`` (float32 at least, shaped like the parameters,
-      nothing for frozen ones) and ``inner``.
+      mean), ``dropped`` (those left out since `init`), ``steps`` (taken so far, if ``every`` is a schedule), ``mean``
+      (float32 at least, shaped like the parameters, nothing for frozen ones) and ``inner``.
 
     Raises:
-      TypeError, ValueError: if ``every`` is no whole number of at least 1.
+      TypeError, ValueError: if ``every`` is no whole number of at least 1 or function, or ``reduction`` none of these.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,24 +89,29 @@ def accumulate(
       [-0.] [-2.]
     """
     body = body_of("tx of accumulate", tx)
-    return Transformation.of(Accumulate(body, count_of("every", every), axes("axis_name", axis_name)))
+    every = every if callable(every) else count_of("every", every)
+    how = one_of("reduction", reduction, "mean", "sum")
+    return Transformation.of(Accumulate(body, every, how, axes("axis_name", axis_name)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Accumulate(Wrapper):
     """The body of `accumulate`."""
 
-    every: int
+    every: int | Callable[[Any], Any]
+    reduction: str = "mean"
     axis_name: tuple[str, ...] | None = None
 
     like_params: ClassVar[tuple[str, ...]] = ("mean",)
 
     def init(self, params: Any) -> AccumulateState:
-        pending, kept, dropped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        pending, kept, dropped, steps = (jnp.zeros((), jnp.int32) for _ in range(4))
         leaves, structure = jax.tree.flatten(params)
         trained = [not rests for rests in self.tx.frozen(params)]
         mean = _MEAN.init(masked(trained, params, leaves, structure)).mean
-        return AccumulateState(pending, kept, dropped, mean, self.tx.init(params))
+        return AccumulateState(
+            pending, kept, dropped, steps if callable(self.every) else None, mean, self.tx.init(params)
+        )
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type("accumulate", state, AccumulateState)
@@ -106,7 +120,7 @@ class Accumulate(Wrapper):
         frozen = self.tx.frozen(updates if params is None else params)
         leaves = Leaves.of(updates, params, frozen)
         gradient, seen = self._seen(leaves, frozen, updates, state, params, call)
-        due = call.also(seen.pending >= self.every)
+        due = call.also(seen.pending >= self._calls(state))
         if concrete(due):
             return self._stepped(leaves, gradient, seen, params, call) if due else self._waiting(leaves, seen, call)
         return encoded.cond(
@@ -136,7 +150,8 @@ class Accumulate(Wrapper):
         counted = unless(call.accepted, {name: getattr(state, name) for name in counted}, counted)
         means = leaves.structure.flatten_up_to(rounded if params is None else after.mean)
         pairs = zip(means, leaves.leaves, strict=True)
-        gradient = leaves.structure.unflatten([None if leaf.update is None else mean for mean, leaf in pairs])
+        each = [None if leaf.update is None else self._reduced(mean, counted["kept"]) for mean, leaf in pairs]
+        gradient = leaves.structure.unflatten(each)
         return gradient, state._replace(**counted, mean=after.mean)
 
     def _stepped(
@@ -149,7 +164,21 @@ class Accumulate(Wrapper):
             for leaf, each in zip(leaves.leaves, leaves.structure.flatten_up_to(result), strict=True)
         ]
         zero = jnp.zeros_like(seen.pending)
-        return leaves.result(call.wants, results), seen._replace(pending=zero, kept=zero, inner=inner), report
+        steps = None if seen.steps is None else increment(seen.steps)
+        seen = seen._replace(pending=zero, kept=zero, steps=steps, inner=inner)
+        return leaves.result(call.wants, results), seen, report
+
+    def _calls(self, state: AccumulateState) -> Any:
+        """How many calls make up the step in progress."""
+        if not callable(self.every):
+            return self.every
+        if state.steps is None:
+            raise ValueError(f"state.steps is None, and every is a schedule of the steps taken; {ANEW}")
+        return scheduled("the schedule every of accumulate", self.every, state.steps)
+
+    def _reduced(self, mean: Array, kept: Array) -> Array:
+        """What the inner transformation gets, of the mean of so many gradients."""
+        return mean if self.reduction == "mean" else mean * kept.astype(mean.real.dtype)
 
     def _waiting(self, leaves: Leaves, seen: AccumulateState, call: Call) -> tuple[Any, AccumulateState, Report]:
         """What a call gives at which no step is due."""

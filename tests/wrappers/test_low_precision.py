@@ -491,7 +491,9 @@ def test_the_float32_copy_is_the_float32_run(inner):
     params, state = steps(gx.master_weights(inner), TREE, gradients)
     full = jax.tree.map(jnp.float32, TREE)
     inner_state = inner.init(full)
-    for index in range(len(jax.tree.leaves(gradients)[0])):  # the copy moves as gx.step moves parameters: rounded once, after the sum
+    for index in range(
+        len(jax.tree.leaves(gradients)[0])
+    ):  # the copy moves as gx.step moves parameters: rounded once, after the sum
         full, inner_state = gx.step(inner, gradient(gradients, index), inner_state, full)
     assert_bits(state.residual, full)
     assert_bits(state.inner, inner_state)

@@ -159,7 +159,11 @@ class QuantizeState(Wrapper):
 
         decode = coded if coding.in_kernels else _decoded
         opened = coding.opened(state.codes, state.scales, state.inner, structure, decode)
-        given = updates if not self.widens else structure.unflatten([self.inner_params(leaf.update) for leaf in leaves.leaves])
+        given = (
+            updates
+            if not self.widens
+            else structure.unflatten([self.inner_params(leaf.update) for leaf in leaves.leaves])
+        )
         result, new, report = self.tx.step(given, opened, None if params is None else self.inner_params(params), call)
         if self.widens:
             result = self._narrowed(leaves, structure.flatten_up_to(result), call)
