@@ -1,11 +1,14 @@
-"""What a benchmark is: a piece of work, who does it, which figures are taken, and what this library is to reach."""
+"""What a row is: a piece of work, who does it, which figures are taken, and what is to be reached. No JAX here."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from libraries import Contender, Outsider
 from workloads import Shapes
+
+if TYPE_CHECKING:
+    from libraries import Contender, Outsider
 
 STEP, UNJITTED, SWEEP, TRACE, COMPILE, BUILD, IMPORT = (
     "compiled step",

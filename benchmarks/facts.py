@@ -52,9 +52,3 @@ def _processor() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.machine())
-
-
-def in_a_line(facts: dict[str, str]) -> str:
-    """The facts as a reader wants them."""
-    bare = ("device", "date")
-    return ", ".join(value if name in bare else f"{name} {value}" for name, value in facts.items())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import report
 from cases import Case
-from facts import facts, in_a_line
+from facts import facts
 from libraries import ADAMW, OPTAX_ADAMW, OUR_ADAMW, Contender, in_step, outsiders
 from measure import measure_all, results_of
 from results import Found, new_file
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     case = Case(name, {"leaf": (options.size,)}, contenders, (), outsiders(), rounds=options.rounds)
     console = report.wide_console()
     found = Found(results_of(measure_all([case], console)), facts=facts())
-    console.print(in_a_line(found.facts), report.terminal([], found), sep="\n")
+    console.print(report.in_a_line(found.facts), report.terminal([], found), sep="\n")
     if options.markdown:
         options.markdown.write_text(report.markdown([], found))
 

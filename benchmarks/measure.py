@@ -124,7 +124,7 @@ def measure(case: Case, tick: Tick, deadline: float = math.inf) -> Found:
     exact: dict[str, Values] = {}
     faults: dict[str, str] = {}
     if {STEP, BUILD, EXACT} & {*case.figures}:
-        programs, starts, faults = from_cold(case, params, grads, tick)
+        programs, starts, faults = build(case, params, grads, tick)
         exact = exact_figures(case, programs)
         timed = starts if BUILD in case.figures else {}
         if STEP in case.figures and programs:
@@ -163,41 +163,43 @@ class Program:
         return JaxRun(self.contender, self.compiled, state, params, grads)
 
 
-def from_cold(
+def build(
     case: Case, params: Tree, grads: Tree, tick: Tick
 ) -> tuple[dict[str, Program], dict[str, Values], dict[str, str]]:
-    """Trace and lower in every repeat, compile in the last ones; the last program of each contender is kept.
+    """Programs, seconds and faults. If a case has builds, from cold caches: trace and lower in every repeat, compile
+    in the last ones.
 
     A contender that can't be built, such as one that this version does not know, is a fault, and the others go on.
     """
     programs: dict[str, Program] = {}
     faults: dict[str, str] = {}
     seconds: dict[str, Values] = {figure: {} for figure in (TRACE, COMPILE, BUILD)}
-    repeats = case.repeats if BUILD in case.figures else 1
-    for left in reversed(range(repeats)):
+    cold = BUILD in case.figures
+    for left in reversed(range(case.repeats if cold else 1)):
         for contender in shuffled(case.contenders):
             tick(f"trace, lower, compile: {contender.name}")
             if contender.name in faults:
                 continue
             try:
-                program, times = cold_start(contender, params, grads, compiles=left < case.compiles)
+                program, times = built(contender, params, grads, cold, compiles=left < case.compiles)
             except Exception as error:
                 faults[contender.name] = in_short(error)
                 continue
             programs[contender.name] = program
             for figure, value in times.items():
                 seconds[figure].setdefault(contender.name, []).append(value)
-    built = {name: program for name, program in programs.items() if name not in faults}
-    return built, seconds, faults
+    return {name: program for name, program in programs.items() if name not in faults}, seconds, faults
 
 
-def cold_start(
-    contender: Contender, params: Tree, grads: Tree, compiles: bool = True
+def built(
+    contender: Contender, params: Tree, grads: Tree, cold: bool, compiles: bool
 ) -> tuple[Program, dict[str, float]]:
-    """Forget everything, then take the step of a new optimizer to where it can run, and say how long that took."""
-    contender.forget()
+    """Take the step of a new optimizer to where it can run, and say how long that took."""
+    if cold:
+        contender.forget()
     step, arguments = contender.prepared(params, grads)
-    jax.clear_caches()
+    if cold:
+        jax.clear_caches()
     with quiet():
         times = [time.perf_counter()]
         traced = step.trace(*arguments)

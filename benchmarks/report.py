@@ -1,4 +1,4 @@
-"""What is shown: what went wrong, what was to reach, and everything that was measured, in tables."""
+"""What is shown: what went wrong, what was to reach, and everything that was measured, in tables. No JAX here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from cases import COMPILATIONS, COPIES, EQUATIONS, Case, Goal
-from facts import in_a_line
 from results import Found, Result
 from rich.console import Console, Group
 from rich.table import Table
@@ -52,6 +51,12 @@ class Outcome:
         limit = f"≤ {goal.at_most:g}" + ("" if goal.base is None else "×")
         verdict = "yes" if self.reached else "no"
         return result.case, result.figure, goal.who, shown(result, goal.who), base, ratio, limit, verdict
+
+
+def in_a_line(facts: dict[str, str]) -> str:
+    """The facts as a reader wants them."""
+    bare = ("device", "date")
+    return ", ".join(value if name in bare else f"{name} {value}" for name, value in facts.items())
 
 
 def outcomes(cases: Sequence[Case], results: Sequence[Result]) -> list[Outcome]:

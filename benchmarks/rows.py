@@ -172,8 +172,8 @@ def low_precision(where: str, shapes: Shapes) -> Case:
     """Parameters in bfloat16, so that a step would be rounded away where nothing keeps what is missing."""
     wrappers: dict[str, tuple[Callable[[Optimizer], Optimizer], float]] = {
         "stochastic_rounding": (lambda tx: gx.stochastic_rounding(tx, 0), 8),
-        "compensated": (gx.compensated, 10),
-        "master_weights": (gx.master_weights, 12),
+        "compensated": (lambda tx: gx.compensated(tx), 10),
+        "master_weights": (lambda tx: gx.master_weights(tx), 12),
     }
     contenders = [OPTAX_ADAMW, dataclasses.replace(OPTAX_ADAMW, name="optax, bfloat16", dtype="bfloat16")]
     goals: list[Goal] = []
@@ -197,13 +197,14 @@ def wrapped(*wrappers: Callable[[Optimizer], Optimizer]) -> Optimizer:
     return functools.reduce(lambda tx, wrap: wrap(tx), reversed(wrappers), gx.adamw(**ADAMW))
 
 
+# looked up when they are called: a version that does not have one fails there alone
 WRAPPERS: dict[str, Callable[[Optimizer], Optimizer]] = {
     "accumulate": lambda tx: gx.accumulate(tx, 4),
-    "skip_nonfinite": gx.skip_nonfinite,
+    "skip_nonfinite": lambda tx: gx.skip_nonfinite(tx),
     "observe": lambda tx: gx.observe(tx, of="gradient"),
-    "quantize_state": gx.quantize_state,
-    "compensated": gx.compensated,
-    "master_weights": gx.master_weights,
+    "quantize_state": lambda tx: gx.quantize_state(tx),
+    "compensated": lambda tx: gx.compensated(tx),
+    "master_weights": lambda tx: gx.master_weights(tx),
     "clip": lambda tx: gx.chain(gx.clip_by_global_norm(MAX_NORM), tx),
     "by_path": lambda tx: gx.by_path({"bias": gx.sgd(0.1)}, default=tx),
 }

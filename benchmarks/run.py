@@ -18,7 +18,7 @@ import jax
 import picture
 import report
 from cases import Case
-from facts import facts, in_a_line
+from facts import facts
 from measure import measure_all
 from presets import PRESETS, Preset
 from results import Found, load, new_file, save
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in measure_all(chosen, console, budget):
         found += part
         write(options, chosen, found)  # after every row, so that a run that is cut off leaves what it has
-    console.print(in_a_line(found.facts), report.terminal(chosen, found), sep="\n")
+    console.print(report.in_a_line(found.facts), report.terminal(chosen, found), sep="\n")
     if drawn and any(not result.exact for result in found.results):
         picture.draw(chosen, found.results, drawn)
     grown = compare.show(load(options.against), found, console) if options.against else 0

@@ -1,4 +1,4 @@
-"""Two versions of this library, turn by turn on one machine: ``python benchmarks/two_versions.py --help``."""
+"""Two versions of this library, by turns on one machine: ``python benchmarks/two_versions.py --help``. No JAX here."""
 
 from __future__ import annotations
 
