@@ -63,7 +63,7 @@ class Case:
     compiles: int = 1
     """In so many of the repeats the step is compiled as well."""
     checked: int = 3
-    """Steps after which everybody must have come to the same."""
+    """Steps after which everybody must have come to the same; 0 not to look."""
     params_within: float = 1e-3
     """Of the way gone."""
     elementwise: bool = True

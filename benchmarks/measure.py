@@ -60,6 +60,9 @@ def measure_all(cases: Sequence[Case], console: Console, budget: float | None = 
     once it has used twice its even share of what was left.
     """
     jax.config.update("jax_enable_compilation_cache", False)
+    # modules need not be searched for garbage before every measurement
+    gc.collect()
+    gc.freeze()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     end, longest = time.monotonic() + (math.inf if budget is None else budget), 0.0
     with Progress(*columns, console=console, transient=True) as progress:
@@ -247,7 +250,7 @@ def steps(
                 shared[contender.form] = jax.tree.map(jnp.array, contender.layout(grads))
         runs: list[Run] = [program.start(params, shared[program.contender.form]) for program in taking_part]
         runs += [start(params, grads) for start in case.outsiders]
-        if sitting == 0:
+        if sitting == 0 and case.checked:
             wrong = differences(case, runs, params)
         rounds = case.rounds // sittings + (sitting < case.rounds % sittings)
         tasks = {run.name: run for run in runs}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # JAX else takes most of a GPU's memory at once, and torch has to find room beside it
@@ -22,6 +24,7 @@ from facts import facts
 from measure import measure_all
 from presets import PRESETS, Preset
 from results import Found, load, new_file, save
+from rich.console import Console
 from rows import cases
 
 
@@ -36,23 +39,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = report.wide_console()
     drawn = picture.drawable(options.picture, console)
     budget = preset.budget if options.budget is None else options.budget
-    found = Found(facts={**facts(), "sizes": f"{name}, tiny" if options.quick else name})
-    for part in measure_all(chosen, console, budget):
-        found += part
-        write(options, chosen, found)  # after every row, so that a run that is cut off leaves what it has
-    console.print(report.in_a_line(found.facts), report.terminal(chosen, found), sep="\n")
+    begun = Found(facts={**facts(), "sizes": f"{name}, tiny" if options.quick else name})
+    record = Record(chosen, begun, console, options.markdown, options.save)
+    with contextlib.nullcontext() if budget is None else watched(CUT_OFF * budget, record.cut_off):
+        for part in measure_all(chosen, console, budget):
+            record.add(part)
+    record.show()
+    found = record.found
     if drawn and any(not result.exact for result in found.results):
         picture.draw(chosen, found.results, drawn)
     grown = compare.show(load(options.against), found, console) if options.against else 0
     return int(grown > 0 or bool(found.faults))
 
 
-def write(options: argparse.Namespace, chosen: Sequence[Case], found: Found) -> None:
-    """The files that were asked for, with what was found so far."""
-    if options.markdown:
-        options.markdown.write_text(report.markdown(chosen, found))
-    if options.save:
-        save(options.save, found)
+CUT_OFF = 1.25
+"""A row that still runs after so many times the budget, most likely inside the compiler, is cut off."""
+
+
+@contextlib.contextmanager
+def watched(seconds: float, late: Callable[[], None]) -> Iterator[None]:
+    """Call something from another thread if what is inside has not ended by then."""
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run has found so far. It is written after every row, so that a run that is cut off leaves what it has."""
+
+    chosen: Sequence[Case]
+    found: Found
+    console: Console
+    tables: Path | None
+    figures: Path | None
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def add(self, part: Found) -> None:
+        """Take what a row has brought."""
+        with self.lock:
+            self.found += part
+            if self.tables:
+                self.tables.write_text(report.markdown(self.chosen, self.found))
+            if self.figures:
+                save(self.figures, self.found)
+
+    def show(self) -> None:
+        """Print the tables."""
+        self.console.print(report.in_a_line(self.found.facts), report.terminal(self.chosen, self.found), sep="\n")
+
+    def cut_off(self) -> None:
+        """End the program from another thread, in the middle of a row that is not coming to an end."""
+        done = {*self.found.seconds, *self.found.left_out}
+        self.add(Found(left_out=[case.name for case in self.chosen if case.name not in done]))
+        self.show()
+        self.console.show_cursor()
+        sys.stdout.flush()
+        os._exit(int(bool(self.found.faults)))
 
 
 def preset_of(options: argparse.Namespace) -> tuple[str, Preset]:
@@ -83,9 +130,8 @@ def choose(options: argparse.Namespace, preset: Preset) -> list[Case]:
 def alone(case: Case) -> Case:
     """The case with nobody but this library, which has nobody to agree with; in as little time as there is to it."""
     ours = tuple(contender for contender in case.contenders if contender.ours)
-    unchecked = {"params_within": math.inf, "moments_within": None, "checked": 1}
     once = {"sittings": 1, "repeats": 1, "compiles": 1}
-    return dataclasses.replace(case, contenders=ours, outsiders=(), goals=(), **unchecked, **once)
+    return dataclasses.replace(case, contenders=ours, outsiders=(), goals=(), checked=0, **once)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -113,7 +159,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--budget",
         metavar="SECONDS",
         type=float,
-        help="begin no work that would end later, and say what is left out; by default 330 on a GPU, else no limit",
+        help="begin no row for which the time may not be enough, cut off one that still runs after a quarter more, "
+        "and name what is left out; by default 320 on a GPU, else no limit",
     )
     parser.add_argument("--markdown", metavar="FILE", type=new_file, help="write the tables as Markdown")
     parser.add_argument("--picture", metavar="FILE", type=new_file, help="write a bar chart of the ratios as PNG")

@@ -73,7 +73,8 @@ def test_the_table_has_every_goal_of_what_ran_and_names_no_folder(folder):
 def test_the_rows_for_a_gpu_run_on_a_cpu(tmp_path):
     # XLA compiles most of the time, and this only has to run
     quickly = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = run("run.py", "--preset", "gpu", "--quick", "--markdown", tmp_path / "run.md", **quickly)
+    arguments = ("--preset", "gpu", "--quick", "--budget", "3600", "--markdown", tmp_path / "run.md")
+    done = run("run.py", *arguments, **quickly)
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "run.md").read_text()
     titles = re.findall("^### (.*)$", table, re.MULTILINE)
@@ -144,6 +145,16 @@ def test_with_a_budget_no_row_is_begun_that_would_end_later(monkeypatch, clock, 
     found = sum(measure.measure_all(chosen, report.Console(quiet=True), budget=80), results.Found())
     assert found.left_out == [case.name for case in chosen[4:]]  # 15 s are left, the longest took 30
     assert found.seconds == {case.name: lasts[case.name] for case in chosen[:4]}
+
+
+def test_a_row_that_does_not_come_to_an_end_is_cut_off_and_what_was_found_is_kept(tmp_path):
+    arguments = ("--preset", "cpu", "--quick", "--only", "^pairs|^import", "--budget", "1")
+    done = run("run.py", *arguments, "--markdown", tmp_path / "run.md", "--save", tmp_path / "run.json")
+    assert done.returncode == 0, done.stderr
+    found = results.load(tmp_path / "run.json")
+    assert [name.partition(" ")[0] for name in found.left_out] == ["pairs", "import"]
+    for text in (done.stdout, (tmp_path / "run.md").read_text()):
+        assert "Left out, for want of time: pairs" in text
 
 
 @pytest.mark.parametrize(("deadline", "rounds"), [(0, measure.LEAST_ROUNDS), (10, 6), (100, 9)])
