@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from results import Result, Saved, load
+from results import Found, Result, load
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +31,7 @@ class Change(NamedTuple):
         return self.verdict == "more" and " gradxform" in self.where
 
 
-def changes(old: Saved, new: Saved) -> Iterator[Change]:
+def changes(old: Found, new: Found) -> Iterator[Change]:
     """Every exact figure that changed, and every ratio that did beyond the spread."""
     before = {(result.case, result.figure): result for result in old.results}
     for result in new.results:
@@ -71,16 +71,16 @@ def _spread(quartiles: np.ndarray) -> str:
     return f"{middle:.2f}× ({low:.2f}–{high:.2f})"
 
 
-def missing(old: Saved, new: Saved) -> list[str]:
+def missing(old: Found, new: Found) -> list[str]:
     """What the old run has and the new one has not."""
     names = [
-        {(result.case, name, result.figure) for result in saved.results for name in result.values}
-        for saved in (old, new)
+        {(result.case, name, result.figure) for result in found.results for name in result.values}
+        for found in (old, new)
     ]
     return [f"{case}: {name}, {figure}" for case, name, figure in sorted(names[0] - names[1])]
 
 
-def show(old: Saved, new: Saved, console: Console) -> int:
+def show(old: Found, new: Found, console: Console) -> int:
     """Print the changes; 1 if an exact figure of this library grew or nothing can be said, else 0."""
     if old.facts.get("sizes") != new.facts.get("sizes"):
         console.print("The runs are of different sizes and can't be compared.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workloads import Tree, flattened, unflattened
+from workloads import Tree, flattened, thinned, unflattened
 
 # sqrtf is one instruction only where it need not set errno
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
@@ -52,23 +52,26 @@ class FloorRun:
 
     name = f"C floor, {THREADS} threads"
     calls = 1
+    within = None
 
     def __init__(self, numbers: dict[str, float], params: Tree, grads: Tree) -> None:
         self._function, self._numbers, self._like, self._step = compiled(), numbers, params, 0
         self._params, self._grads = flattened(params).copy(), flattened(grads)
         self._mu, self._nu = np.zeros_like(self._params), np.zeros_like(self._params)
 
-    def __call__(self) -> None:
-        """Take one step."""
-        self._step += 1
+    def __call__(self, steps: int = 1) -> None:
+        """Take so many steps."""
         numbers = self._numbers
-        unbias = (1 / -math.expm1(self._step * math.log(numbers[beta])) for beta in ("b1", "b2"))
         arrays = (self._params, self._mu, self._nu, self._grads)
-        scalars = (numbers[name] for name in ("learning_rate", "b1", "b2", "eps", "weight_decay"))
+        scalars = [numbers[name] for name in ("learning_rate", "b1", "b2", "eps", "weight_decay")]
         assert self._function is not None  # asked for by `libraries.outsiders`
-        self._function(self._params.size, *arrays, *scalars, *unbias, THREADS)
+        for _ in range(steps):
+            self._step += 1
+            unbias = (1 / -math.expm1(self._step * math.log(numbers[beta])) for beta in ("b1", "b2"))
+            self._function(self._params.size, *arrays, *scalars, *unbias, THREADS)
 
     def result(self) -> dict[str, Tree]:
         """Where `params`, `mu` and `nu` are now."""
         arrays = {"params": self._params, "mu": self._mu, "nu": self._nu}
-        return {name: unflattened(array, self._like) for name, array in arrays.items()}
+        trees = {name: unflattened(array, self._like) for name, array in arrays.items()}
+        return {name: {key: thinned(leaf) for key, leaf in tree.items()} for name, tree in trees.items()}

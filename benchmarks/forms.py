@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import report
-from cases import STEP, Case, in_step, label
-from libraries import ADAMW, OPTAX_ADAMW, OUR_ADAMW, Contender, outsiders
-from measure import measure_all
-from results import new_file
+from cases import Case
+from facts import facts
+from libraries import ADAMW, OPTAX_ADAMW, OUR_ADAMW, Contender, in_step, outsiders
+from measure import measure_all, results_of
+from results import Found, new_file
+from rows import label
 
 Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """p, m and v of a leaf."""
@@ -46,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *(contender(name, form) for name, form in forms.items()),
     )
     name = f"forms of AdamW, one leaf, {label(options.size)}"
-    case = Case(name, {"leaf": (options.size,)}, contenders, (), outsiders(), (STEP,), options.rounds)
+    case = Case(name, {"leaf": (options.size,)}, contenders, (), outsiders(), rounds=options.rounds)
     console = report.wide_console()
-    results, facts = measure_all([case], console), report.facts()
-    console.print(report.in_a_line(facts), report.terminal([], results), sep="\n")
+    found = Found(results_of(measure_all([case], console)), facts=facts())
+    console.print(report.in_a_line(found.facts), report.terminal([], found), sep="\n")
     if options.markdown:
-        options.markdown.write_text(report.markdown(facts, [], results))
+        options.markdown.write_text(report.markdown([], found))
 
 
 def formula(count: jax.Array, g: jax.Array, arrays: Arrays, between: Callable[..., Any] = lambda *both: both) -> Arrays:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
+import figures
 import floor
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from workloads import Tree, flattened, unflattened
+from figures import Advance
+from workloads import PERIOD, Tree, flattened, thinned, unflattened
 
 import gradxform as gx
 
 Optimizer: TypeAlias = Any
 """An ``(init, update)`` pair."""
-
-Advance: TypeAlias = Callable[[Optimizer, Any, Any, Any], tuple[Any, Any]]
-"""(tx, grads, state, params) → (params, state)."""
 
 ADAMW = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
 MAX_NORM = 0.1
@@ -33,6 +33,16 @@ def update_and_apply(tx: Optimizer, grads: Any, state: Any, params: Any) -> tupl
     updates, state = tx.update(grads, state, params)
     apply = gx.apply_updates if isinstance(tx, gx.Transformation) else optax.apply_updates
     return apply(params, updates), state
+
+
+def in_step(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """Update and apply in one."""
+    return gx.step(tx, grads, state, params)
+
+
+def each_once(optimizers: list[Optimizer], grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """The first update of each of several optimizers, from states of their own."""
+    return [tx.update(grads, tx.init(params), params) for tx in optimizers], state
 
 
 def update_only(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -58,7 +68,13 @@ class Contender:
     flat: bool = False
     """All parameters as one array."""
     calls: int = 1
-    """Steps that are timed together."""
+    """Steps that are not alike, and timed together."""
+    dtype: str | None = None
+    """Of parameters and gradients, if not float32."""
+    within: float | None = None
+    """How far parameters may be off, of the way gone, where this one computes with fewer digits than the others."""
+    parts: tuple[str, ...] = ()
+    """The contenders that this one is put together from."""
 
     @property
     def library(self) -> str:
@@ -70,17 +86,20 @@ class Contender:
         """Whether it is this library."""
         return self.library == gx.__name__
 
+    @property
+    def form(self) -> tuple[bool, str | None]:
+        """What `layout` depends on."""
+        return self.flat, self.dtype
+
     def layout(self, tree: Tree) -> Tree:
         """The tree as this contender stores it."""
-        return {"all": flattened(tree)} if self.flat else tree
+        tree = {"all": flattened(tree)} if self.flat else tree
+        return {name: leaf.astype(jnp.dtype(self.dtype)) for name, leaf in tree.items()} if self.dtype else tree
 
-    def step(self, tx: Optimizer) -> Any:
-        """A new compiled function (params, state, grads) → (params, state), which writes over params and state."""
-
-        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-            return self.advance(tx, grads, state, params)
-
-        return jax.jit(step, donate_argnums=(0, 1), keep_unused=True)
+    def prepared(self, params: Tree, grads: Tree) -> tuple[Any, Any]:
+        """The step of a new optimizer, to be compiled, and shapes of what it takes."""
+        tx = self.make()
+        return figures.donated(tx, self.advance), figures.shapes_of(tx, self.layout(params), self.layout(grads))
 
     def forget(self) -> None:
         """Empty JAX's caches and the library's own."""
@@ -97,13 +116,14 @@ class Run(Protocol):
 
     name: str
     calls: int
+    within: float | None
 
-    def __call__(self) -> None:
-        """Take one step and wait for it."""
+    def __call__(self, steps: int = 1) -> None:
+        """Take so many steps, and wait for the last."""
         ...
 
     def result(self) -> dict[str, Tree]:
-        """Where `params` and, as far as they are kept as trees of float32, `mu` and `nu` are now."""
+        """Where `params` and, as far as they are kept as trees of float32, `mu` and `nu` are now, `thinned`."""
         ...
 
 
@@ -115,23 +135,29 @@ class JaxRun:
     """A compiled step of a JAX library."""
 
     def __init__(self, contender: Contender, compiled: Any, like: Any, params: Tree, grads: Any) -> None:
-        self.name, self.calls = contender.name, contender.calls
+        self.name, self.calls, self.within = contender.name, contender.calls, contender.within
         self._flat, self._compiled, self._start, self._grads = contender.flat, compiled, params, grads
         self._params = jax.tree.map(jnp.array, contender.layout(params))
         # the state's type is made anew when caches are emptied; the program wants the one it was traced with
         leaves = jax.tree.leaves(contender.make().init(self._params))
         self._state = jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def __call__(self) -> None:
-        """Take one step and wait for it."""
-        self._params, self._state = self._compiled(self._params, self._state, self._grads)
+    def __call__(self, steps: int = 1) -> None:
+        """Take so many steps, and wait for the last."""
+        for _ in range(steps):
+            self._params, self._state = self._compiled(self._params, self._state, self._grads)
         jax.block_until_ready((self._params, self._state))
 
     def result(self) -> dict[str, Tree]:
         """Where `params`, `mu` and `nu` are now."""
         trees = {"params": self._params, **{name: self._moment(name) for name in ("mu", "nu")}}
-        arrays = {name: jax.tree.map(np.asarray, tree) for name, tree in trees.items() if tree is not None}
-        return {name: unflattened(tree["all"], self._start) if self._flat else tree for name, tree in arrays.items()}
+        return {name: self._seen(tree) for name, tree in trees.items() if tree is not None}
+
+    def _seen(self, tree: Any) -> Tree:
+        tree = unflattened(np.asarray(tree["all"]), self._start) if self._flat else tree
+        # what is small is cut by NumPy, which compiles nothing
+        near = {name: leaf if leaf.size > PERIOD else np.asarray(leaf) for name, leaf in tree.items()}
+        return {name: np.asarray(thinned(leaf)).astype(np.float32) for name, leaf in near.items()}
 
     def _moment(self, name: str) -> Any:
         found = [value for _, value in optax.tree_utils.tree_get_all_with_path(self._state, name)]
@@ -140,17 +166,21 @@ class JaxRun:
 
 
 class TorchRun:
-    """A step of torch's own clip and AdamW, which write in place."""
+    """A step of torch's own clip and AdamW, which write in place, on the device that JAX uses."""
 
     calls = 1
+    # its float32 norm of 64 M elements is off by 6e-3
+    within = 5e-3
 
     def __init__(self, name: str, options: dict[str, bool], clips: bool, params: Tree, grads: Tree) -> None:
         import torch
 
         self.name, self._clips = name, clips
-        self._params = {key: torch.nn.Parameter(torch.tensor(value)) for key, value in params.items()}
+        self._wait = (lambda: None) if jax.default_backend() == "cpu" else torch.cuda.synchronize
+        on = "cpu" if jax.default_backend() == "cpu" else "cuda"
+        self._params = {key: torch.nn.Parameter(torch.tensor(value, device=on)) for key, value in params.items()}
         for key, param in self._params.items():
-            param.grad = torch.tensor(grads[key])
+            param.grad = torch.tensor(grads[key], device=on)
         every = list(self._params.values())
         numbers = {"lr": ADAMW["learning_rate"], "betas": (ADAMW["b1"], ADAMW["b2"])}
         rest = {name: ADAMW[name] for name in ("eps", "weight_decay")}
@@ -159,34 +189,49 @@ class TorchRun:
         foreach = options.get("foreach", True)
         self._clip = functools.partial(torch.nn.utils.clip_grad_norm_, every, MAX_NORM, foreach=foreach)
 
-    def __call__(self) -> None:
-        """Take one step; on a CPU it is done on return."""
-        if self._clips:
-            self._clip()
-        self._optimizer.step()
+    def __call__(self, steps: int = 1) -> None:
+        """Take so many steps, and wait for the last; on a CPU each is done on return."""
+        for _ in range(steps):
+            if self._clips:
+                self._clip()
+            self._optimizer.step()
+        self._wait()
 
     def result(self) -> dict[str, Tree]:
         """Where `params`, `mu` and `nu` are now."""
         state = {key: self._optimizer.state[param] for key, param in self._params.items()}
-        return {
-            "params": {key: param.detach().numpy() for key, param in self._params.items()},
-            "mu": {key: value["exp_avg"].numpy() for key, value in state.items()},
-            "nu": {key: value["exp_avg_sq"].numpy() for key, value in state.items()},
+        trees = {
+            "params": self._params,
+            "mu": {key: value["exp_avg"] for key, value in state.items()},
+            "nu": {key: value["exp_avg_sq"] for key, value in state.items()},
         }
+        return {
+            name: {key: thinned(value.detach()).cpu().numpy() for key, value in tree.items()}
+            for name, tree in trees.items()
+        }
+
+
+def free() -> None:
+    """Give back what nobody holds any more; torch and JAX share the memory of a device."""
+    gc.collect()
+    if has_torch() and jax.default_backend() != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 @functools.cache
 def has_torch() -> bool:
-    """Whether torch is installed, and JAX runs on the CPU beside it."""
+    """Whether torch is installed, and can use the device that JAX runs on."""
     try:
-        import torch  # noqa: F401 (only whether it is there)
+        import torch
     except ImportError:
         return False
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and torch.cuda.is_available())
 
 
 def outsiders(clips: bool = False) -> tuple[Outsider, ...]:
-    """The ways in which torch runs AdamW, and, without a clip, the floor; nobody where JAX is not on the CPU."""
+    """The ways in which torch runs AdamW; and without a clip, on a CPU, the floor."""
     variants = {
         "torch fused": {"fused": True},
         "torch foreach": {"foreach": True},

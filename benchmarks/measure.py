@@ -5,101 +5,150 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import figures
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from cases import BUILD, COMPILE, COPIES, EQUATIONS, IMPORT, PEAK, STATE, STEP, TEMPORARIES, TRACE, UNJITTED, Case
-from libraries import Contender, JaxRun, Run, TorchRun
-from results import Result, Values
+from cases import (
+    ABOVE,
+    BUILD,
+    COMPILATIONS,
+    COMPILE,
+    COPIES,
+    EQUATIONS,
+    EXACT,
+    IMPORT,
+    STATE,
+    STEP,
+    SWEEP,
+    TEMPORARIES,
+    TRACE,
+    UNJITTED,
+    Case,
+)
+from libraries import Contender, JaxRun, Run, TorchRun, free
+from results import Found, Result, Values
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from workloads import Shapes, Tree, flattened, size, trees
+from workloads import Tree, thinned, trees
 
-Task: TypeAlias = Callable[[], Any]
+Task: TypeAlias = Callable[[int], Any]
+"""Does its work so many times, and waits for the last."""
 
 Tick: TypeAlias = Callable[[str], None]
 """Called before each measurement with what it is, for the progress bar."""
 
+LEAST_ROUNDS = 3
+"""Even where the time is short."""
 
-SITTINGS = 7
-"""Where arrays happen to lie in memory shows in times: they are made anew so often in the rounds of a step."""
 
+def measure_all(cases: Sequence[Case], console: Console, budget: float | None = None) -> Iterator[Found]:
+    """`measure` one case after the other, behind a progress bar, and yield what each brings.
 
-def measure_all(cases: Sequence[Case], console: Console, peaks: Sequence[str] | None = None) -> list[Result]:
-    """`measure` of one case after the other, behind a progress bar."""
+    With a budget, a case is begun while as many seconds are left as the longest so far took, and takes fewer rounds
+    once it has used twice its even share of what was left.
+    """
     jax.config.update("jax_enable_compilation_cache", False)
+    # modules need not be searched for garbage before every measurement
+    gc.collect()
+    gc.freeze()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results: list[Result] = []
+    end, longest = time.monotonic() + (math.inf if budget is None else budget), 0.0
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(map(count_ticks, cases)))
-        for case in cases:
+        done = 0
+        for place, case in enumerate(cases):
 
             def tick(what: str, where: str = case.name) -> None:
                 progress.update(task, advance=1, description=f"{where}: {what}")
 
-            results += measure(case, tick, peaks)
-    return results
+            start = time.monotonic()
+            if end - start < longest:
+                yield Found(left_out=[case.name])
+                continue
+            try:
+                found = measure(case, tick, deadline=start + 2 * (end - start) / (len(cases) - place))
+            except Exception as error:  # out of memory, for example; the rows that follow need not suffer
+                found = Found(faults=[f"{case.name}: {in_short(error)}"])
+            free()
+            took = time.monotonic() - start
+            longest = max(longest, took)
+            yield found + Found(seconds={case.name: round(took, 1)})
+            done += count_ticks(case)
+            progress.update(task, completed=done)
+
+
+def results_of(found: Iterable[Found]) -> list[Result]:
+    """All results; the end of the program where something went wrong."""
+    every = sum(found, Found())
+    if every.faults:
+        raise SystemExit("\n".join(every.faults))
+    return every.results
+
+
+def in_short(error: Exception) -> str:
+    """The error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def count_ticks(case: Case) -> int:
-    """How often `measure` calls its `tick`."""
+    """How often `measure` calls its `tick`, at most."""
     contenders = len(case.contenders)
     counts = {
         STEP: case.rounds * (contenders + len(case.outsiders)),
         UNJITTED: case.repeats * contenders,
+        SWEEP: case.repeats * contenders,
         BUILD: case.repeats * contenders,
+        EXACT: 0,
         IMPORT: (case.repeats + 1) * contenders,
     }
-    only_compiled = contenders if STEP in case.figures and BUILD not in case.figures else 0
+    only_compiled = contenders if {STEP, EXACT} & {*case.figures} and BUILD not in case.figures else 0
     return sum(counts[figure] for figure in case.figures) + only_compiled
 
 
-def measure(case: Case, tick: Tick, peaks: Sequence[str] | None = None) -> list[Result]:
-    """Take the figures of a case, on a GPU the peaks of memory too if told with which arguments `run.py` has the case.
-
-    Raises:
-      AssertionError: if somebody does not come to the same parameters and moments as the others.
-    """
+def measure(case: Case, tick: Tick, deadline: float = math.inf) -> Found:
+    """Take the figures of a case; past the deadline, of `time.monotonic`, in no more rounds than there must be."""
+    base = case.contenders[0].name
     if IMPORT in case.figures:
-        return [Result(case.name, IMPORT, case.contenders[0].name, imports(case, tick))]
+        return Found([Result(case.name, IMPORT, base, imports(case, tick))])
     params, grads = trees(case.shapes)
     timed: dict[str, Values] = {}
-    programs: dict[str, Program] = {}
-    if STEP in case.figures or BUILD in case.figures:
-        programs, starts = from_cold(case, params, grads, tick)
-        if BUILD in case.figures:
-            timed |= starts
-    if STEP in case.figures:
-        timed = {STEP: steps(case, programs, params, grads, tick), **timed}
+    exact: dict[str, Values] = {}
+    faults: dict[str, str] = {}
+    if {STEP, BUILD, EXACT} & {*case.figures}:
+        programs, starts, faults = build(case, params, grads, tick)
+        exact = exact_figures(case, programs)
+        timed = starts if BUILD in case.figures else {}
+        if STEP in case.figures and programs:
+            times, wrong = steps(case, programs, params, grads, tick, deadline)
+            timed, faults = {STEP: times, **timed}, faults | wrong
     if UNJITTED in case.figures:
         timed[UNJITTED] = unjitted(case, params, grads, tick)
-    base = case.contenders[0].name
-    numbers = {name: exact_figures(program, case.shapes) for name, program in programs.items()}
-    if peaks is not None and jax.default_backend() != "cpu":
-        for name, program in programs.items():
-            most = peak_in_fresh_process(case, program.contender, peaks)
-            numbers[name] |= {} if most is None else {PEAK: most / size(case.shapes)}
-    exact = {
-        figure: {name: [values[figure]] for name, values in numbers.items()}
-        for figure in (numbers[base] if numbers else ())
-    }
-    return [
-        *(Result(case.name, figure, base, values) for figure, values in timed.items()),
-        *(Result(case.name, figure, base, values, exact=True) for figure, values in exact.items()),
-    ]
+    if SWEEP in case.figures:
+        timed[SWEEP], exact[COMPILATIONS] = sweeps(case, params, grads, tick)
+
+    def result(figure: str, values: Values, exact: bool) -> Result:
+        there = [contender.name for contender in case.contenders if contender.name in values]
+        return Result(case.name, figure, base if base in values else there[0], values, exact)
+
+    return Found(
+        [
+            *(result(figure, values, False) for figure, values in timed.items() if values),
+            *(result(figure, values, True) for figure, values in exact.items() if values),
+        ],
+        [f"{case.name}: {name}: {fault}" for name, fault in faults.items()],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,28 +166,43 @@ class Program:
         return JaxRun(self.contender, self.compiled, state, params, grads)
 
 
-def from_cold(case: Case, params: Tree, grads: Tree, tick: Tick) -> tuple[dict[str, Program], dict[str, Values]]:
-    """Trace and lower in every repeat, compile in the last ones; the last program of each contender is kept."""
+def build(
+    case: Case, params: Tree, grads: Tree, tick: Tick
+) -> tuple[dict[str, Program], dict[str, Values], dict[str, str]]:
+    """Programs, seconds and faults. If a case has builds, from cold caches: trace and lower in every repeat, compile
+    in the last ones.
+
+    A contender that can't be built, such as one that this version does not know, is a fault, and the others go on.
+    """
     programs: dict[str, Program] = {}
+    faults: dict[str, str] = {}
     seconds: dict[str, Values] = {figure: {} for figure in (TRACE, COMPILE, BUILD)}
-    repeats = case.repeats if BUILD in case.figures else 1
-    for left in reversed(range(repeats)):
+    cold = BUILD in case.figures
+    for left in reversed(range(case.repeats if cold else 1)):
         for contender in shuffled(case.contenders):
             tick(f"trace, lower, compile: {contender.name}")
-            program, times = cold_start(contender, params, grads, compiles=left < case.compiles)
+            if contender.name in faults:
+                continue
+            try:
+                program, times = built(contender, params, grads, cold, compiles=left < case.compiles)
+            except Exception as error:
+                faults[contender.name] = in_short(error)
+                continue
             programs[contender.name] = program
             for figure, value in times.items():
                 seconds[figure].setdefault(contender.name, []).append(value)
-    return programs, seconds
+    return {name: program for name, program in programs.items() if name not in faults}, seconds, faults
 
 
-def cold_start(
-    contender: Contender, params: Tree, grads: Tree, compiles: bool = True
+def built(
+    contender: Contender, params: Tree, grads: Tree, cold: bool, compiles: bool
 ) -> tuple[Program, dict[str, float]]:
-    """Forget everything, then take the step of a new optimizer to where it can run, and say how long that took."""
-    contender.forget()
-    step, arguments = prepared(contender, params, grads)
-    jax.clear_caches()
+    """Take the step of a new optimizer to where it can run, and say how long that took."""
+    if cold:
+        contender.forget()
+    step, arguments = contender.prepared(params, grads)
+    if cold:
+        jax.clear_caches()
     with quiet():
         times = [time.perf_counter()]
         traced = step.trace(*arguments)
@@ -151,39 +215,50 @@ def cold_start(
     return Program(contender, arguments, traced, compiled), seconds
 
 
-def prepared(contender: Contender, params: Tree, grads: Tree) -> tuple[Any, Any]:
-    """The step of a new optimizer, and shapes of what it takes."""
-    tx = contender.make()
-    trees = (contender.layout(params), contender.layout(grads))
-    return contender.step(tx), jax.eval_shape(lambda params, grads: (params, tx.init(params), grads), *trees)
+def exact_figures(case: Case, programs: Mapping[str, Program]) -> dict[str, Values]:
+    """What does not depend on the machine's mood."""
+    columns = {TEMPORARIES: "temporaries", COPIES: "copies", EQUATIONS: "equations", STATE: "state"}
+    found = {
+        contender.name: figures.of_program(program.traced, program.compiled, program.arguments, case.large)
+        for contender in case.contenders
+        if (program := programs.get(contender.name))
+    }
+    exact = {column: {name: [getattr(one, field)] for name, one in found.items()} for column, field in columns.items()}
+    exact[ABOVE] = {
+        contender.name: [found[contender.name].temporaries - max(found[part].temporaries for part in contender.parts)]
+        for contender in case.contenders
+        if contender.parts and {contender.name, *contender.parts} <= found.keys()
+    }
+    return exact
 
 
-def built(contender: Contender, params: Tree, grads: Tree) -> Program:
-    """The step, traced and compiled with whatever is in the caches."""
-    step, arguments = prepared(contender, params, grads)
-    traced = step.trace(*arguments)
-    return Program(contender, arguments, traced, traced.lower().compile())
-
-
-def steps(case: Case, programs: Mapping[str, Program], params: Tree, grads: Tree, tick: Tick) -> Values:
-    """The compiled step of everybody, each on its own arrays."""
+def steps(
+    case: Case, programs: Mapping[str, Program], params: Tree, grads: Tree, tick: Tick, deadline: float
+) -> tuple[Values, dict[str, str]]:
+    """The compiled step of everybody, each on its own arrays; and who is wrong."""
     seconds: Values = {}
-    for sitting in range(min(SITTINGS, case.rounds)):
-        shared = {flat: jax.tree.map(jnp.array, {"all": flattened(grads)} if flat else grads) for flat in flats(case)}
-        runs: list[Run] = [programs[some.name].start(params, shared[some.flat]) for some in case.contenders]
+    wrong: dict[str, str] = {}
+    sittings = min(case.sittings, case.rounds)
+    taking_part = [programs[contender.name] for contender in case.contenders if contender.name in programs]
+    for sitting in range(sittings):
+        if sitting and time.monotonic() > deadline:
+            break
+        shared: dict[Any, Any] = {}
+        for program in taking_part:
+            contender = program.contender
+            if contender.form not in shared:
+                shared[contender.form] = jax.tree.map(jnp.array, contender.layout(grads))
+        runs: list[Run] = [program.start(params, shared[program.contender.form]) for program in taking_part]
         runs += [start(params, grads) for start in case.outsiders]
-        if sitting == 0:
-            check_equal(case, runs, params)
-        rounds = case.rounds // SITTINGS + (sitting < case.rounds % SITTINGS)
-        for name, values in interleaved({run.name: run for run in runs}, rounds, STEP, tick).items():
+        if sitting == 0 and case.checked:
+            wrong = differences(case, runs, params)
+        rounds = case.rounds // sittings + (sitting < case.rounds % sittings)
+        tasks = {run.name: run for run in runs}
+        for name, values in interleaved(tasks, rounds, STEP, tick, case.together, deadline).items():
             seconds.setdefault(name, []).extend(values)
-        del runs, shared
-    return seconds
-
-
-def flats(case: Case) -> set[bool]:
-    """The layouts that are in use."""
-    return {contender.flat for contender in case.contenders}
+        del runs, tasks, shared
+        free()
+    return seconds, wrong
 
 
 def unjitted(case: Case, params: Tree, grads: Tree, tick: Tick) -> Values:
@@ -193,8 +268,46 @@ def unjitted(case: Case, params: Tree, grads: Tree, tick: Tick) -> Values:
     for contender in case.contenders:
         tx = contender.make()
         state = tx.init(arrays)
-        tasks[contender.name] = lambda tx=tx, state=state: jax.block_until_ready(tx.update(gradients, state, arrays))
+
+        def update(times: int, tx: Any = tx, state: Any = state) -> None:
+            for _ in range(times):
+                jax.block_until_ready(tx.update(gradients, state, arrays))
+
+        tasks[contender.name] = update
     return interleaved(tasks, case.repeats, UNJITTED, tick)
+
+
+def sweeps(case: Case, params: Tree, grads: Tree, tick: Tick) -> tuple[Values, Values]:
+    """Seconds that a contender takes for all it does without `jit`, from cold caches, and the programs it compiles."""
+    arrays, gradients = jax.tree.map(jnp.array, (params, grads))
+    seconds: Values = {contender.name: [] for contender in case.contenders}
+    compilations: Values = {}
+    for _ in range(case.repeats):
+        for contender in shuffled(case.contenders):
+            tick(f"{SWEEP}: {contender.name}")
+            contender.forget()
+            with quiet(), counted_compilations() as compiled:
+                start = time.perf_counter()
+                jax.block_until_ready(contender.advance(contender.make(), gradients, None, arrays))
+                seconds[contender.name].append(time.perf_counter() - start)
+            compilations[contender.name] = [float(len(compiled))]
+    return seconds, compilations
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """A list that grows by an entry with every program that XLA compiles inside."""
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def imports(case: Case, tick: Tick) -> Values:
@@ -215,100 +328,60 @@ def imports(case: Case, tick: Tick) -> Values:
     return seconds
 
 
-def interleaved(tasks: Mapping[str, Task], rounds: int, what: str, tick: Tick) -> Values:
+def interleaved(
+    tasks: Mapping[str, Task], rounds: int, what: str, tick: Tick, together: int = 1, deadline: float = math.inf
+) -> Values:
     """Seconds of each task in every round; what is timed follows an untimed call of the same task."""
     seconds: Values = {name: [] for name in tasks}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > deadline:
+            break
         with quiet():
             for name in shuffled(tuple(tasks)):
                 tick(f"{what}: {name}")
                 task = tasks[name]
                 calls = getattr(task, "calls", 1)
-                task()
+                task(1)
                 start = time.perf_counter()
                 for _ in range(calls):
-                    task()
-                seconds[name].append((time.perf_counter() - start) / calls)
+                    task(together)
+                seconds[name].append((time.perf_counter() - start) / (calls * together))
     return seconds
 
 
-def check_equal(case: Case, runs: Sequence[Run], start: Tree) -> None:
-    """Let every run take a few steps and compare with the first: who computes something else cannot win.
+def differences(case: Case, runs: Sequence[Run], start: Tree) -> dict[str, str]:
+    """Let every run take a few steps and say who does not come to where the first one comes.
 
     Parameters may differ by a part of the way they have gone. Moments may differ by 1e-5, for sums in another order,
-    those of torch by 2e-2: its float32 norm of 64 M elements is off by 6e-3, and `nu` has the square.
+    those of torch by 2e-2: `nu` has the square of its norm.
     """
     for run in runs:
-        for _ in range(case.checked):
-            run()
+        run(case.checked)
+    first, *others = runs
+    expected = first.result()
+    begun = {leaf: thinned(value) for leaf, value in start.items()}
+    found = {run.name: difference(case, run, expected, begun) for run in others}
+    return {name: text for name, text in found.items() if text}
+
+
+def difference(case: Case, run: Run, expected: Mapping[str, Tree], start: Tree) -> str:
+    """What this run has otherwise than expected."""
+    found = run.result()
     size_of = np.max if case.elementwise else np.mean
-    expected = runs[0].result()
-    for run in runs[1:]:
-        found, torch = run.result(), isinstance(run, TorchRun)
-        for leaf, right in expected["params"].items():
-            off, way = (size_of(np.abs(some - right)) for some in (found["params"][leaf], start[leaf]))
-            assert off <= (5e-3 if torch else case.params_within) * way, (
-                f"{run.name}: params at {leaf} differ by {off / way:.1e} of the way"
-            )
-        if case.moments_within is None:
-            continue
-        within = 2e-2 if torch else case.moments_within
-        for name in ("mu", "nu"):
-            for leaf, value in found.get(name, {}).items():
-                right = expected[name][leaf]
-                equal = np.all(np.abs(value - right) <= within * np.abs(right))
-                assert equal, f"{name} of {run.name} and of {runs[0].name} differ at {leaf}"
-
-
-def exact_figures(program: Program, shapes: Shapes) -> dict[str, float]:
-    """What does not depend on the machine's mood."""
-    count, smallest = size(shapes), min(map(math.prod, shapes.values()))
-    _, state, _ = program.arguments
-    return {
-        TEMPORARIES: program.compiled.memory_analysis().temp_size_in_bytes / count,
-        COPIES: count_copies(program.compiled.as_text(), smallest),
-        EQUATIONS: count_equations(program.traced.jaxpr, set()),
-        STATE: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count,
-    }
-
-
-def count_copies(text: str, smallest: int) -> int:
-    """The `copy` instructions of arrays as large as a leaf."""
-    shapes = re.findall(r"= \w+\[(\d[\d,]*)\]\S* copy\(", text)
-    return sum(math.prod(map(int, shape.split(","))) >= smallest for shape in shapes)
-
-
-def count_equations(jaxpr: Any, seen: set[int]) -> int:
-    """The equations of a jaxpr and of each distinct one inside it."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    if id(jaxpr) in seen:
-        return 0
-    seen.add(id(jaxpr))
-    inner = (p for equation in jaxpr.eqns for p in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr))
-    return len(jaxpr.eqns) + sum(count_equations(p, seen) for p in inner if _is_jaxpr(p))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns")
-
-
-def peak_in_fresh_process(case: Case, contender: Contender, arguments: Sequence[str]) -> int | None:
-    """The device's peak of bytes in use over two steps: a process has one peak, so each contender gets its own."""
-    command = [sys.executable, Path(__file__).with_name("run.py"), *arguments]
-    done = subprocess.run([*command, "--peak", case.name, contender.name], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"no peak of {contender.name} in {case.name}:\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-def peak(case: Case, contender: Contender) -> int | None:
-    """The peak of this process after two steps, None where the device does not say."""
-    params, grads = trees(case.shapes)
-    run = built(contender, params, grads).start(params, jax.tree.map(jnp.array, contender.layout(grads)))
-    run()
-    run()
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use")
+    within = case.params_within if run.within is None else run.within
+    for leaf, right in expected["params"].items():
+        off, way = (size_of(np.abs(array - right)) for array in (found["params"][leaf], start[leaf]))
+        if not off <= within * way:
+            return f"params at {leaf} are off by {off / way:.1e} of the way gone, more than {within:g}"
+    within = 2e-2 if isinstance(run, TorchRun) else case.moments_within
+    if within is None:
+        return ""
+    for name in ("mu", "nu"):
+        for leaf, value in found.get(name, {}).items():
+            right = expected[name][leaf]
+            if not np.all(np.abs(value - right) <= within * np.abs(right)):
+                return f"{name} at {leaf} is off by more than {within:g} of itself"
+    return ""
 
 
 def shuffled(items: Sequence[Any]) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -36,11 +35,27 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """A run, and what its numbers depend on."""
+class Found:
+    """What was measured, what could not be, and what the numbers depend on."""
 
-    facts: dict[str, str]
-    results: list[Result]
+    results: list[Result] = dataclasses.field(default_factory=list)
+    faults: list[str] = dataclasses.field(default_factory=list)
+    """Who failed, or came to something else than the others, and how: a line each."""
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    """The work for which there was no time."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What each piece of work took, all told."""
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __add__(self, other: Found) -> Found:
+        """One after the other."""
+        return Found(
+            self.results + other.results,
+            self.faults + other.faults,
+            self.left_out + other.left_out,
+            self.seconds | other.seconds,
+            self.facts | other.facts,
+        )
 
 
 def new_file(name: str) -> Path:
@@ -50,13 +65,12 @@ def new_file(name: str) -> Path:
     return path
 
 
-def save(path: Path, facts: dict[str, str], results: Sequence[Result]) -> None:
+def save(path: Path, found: Found) -> None:
     """Write a run as JSON."""
-    saved = {"facts": facts, "results": [dataclasses.asdict(result) for result in results]}
-    path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False) + "\n")
 
 
-def load(path: Path) -> Saved:
+def load(path: Path) -> Found:
     """Read what `save` wrote."""
     saved = json.loads(path.read_text())
-    return Saved(saved["facts"], [Result(**result) for result in saved["results"]])
+    return Found(**{**saved, "results": [Result(**result) for result in saved["results"]]})

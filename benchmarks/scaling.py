@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from cases import BUILD, STEP, Case
 from libraries import OPTAX_ADAMW, OPTAX_CLIPPED, OUR_ADAMW, OUR_CLIPPED, Contender
-from measure import measure_all
+from measure import measure_all, results_of
+from picture import drawable
 from results import Result, new_file
 from rich.console import Console
 from workloads import Shapes, small_leaves
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elements = {n: point(f"one leaf of {n}", {"leaf": (n,)}, ADAMW, STEP) for n in sizes}
     every = [*leaves.values(), *elements.values()]
     console = Console()
-    found = {(result.case, result.figure): result for result in measure_all(every, console)}
+    drawn = drawable(options.picture, console)
+    found = {(result.case, result.figure): result for result in results_of(measure_all(every, console))}
 
     def curve(points: dict[int, Case], figure: str) -> dict[int, Result]:
         return {n: found[case.name, figure] for n, case in points.items()}
@@ -60,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for n, result in results.items():
             seconds = ", ".join(f"{name} {np.median(values):.3g} s" for name, values in result.values.items())
             console.print(f"  {n} {axis}: {seconds}, {result.ratio('gradxform') or 0:.2f}×")
-    if options.picture:
-        picture(panels, options.picture)
+    if drawn:
+        draw(panels, drawn)
 
 
-def picture(panels: dict[str, tuple[str, dict[int, Result]]], path: Path) -> None:
+def draw(panels: dict[str, tuple[str, dict[int, Result]]], path: Path) -> None:
     """A panel each, with log axes: the medians, and the quartiles as a band."""
     import matplotlib as mpl
 

@@ -17,14 +17,29 @@ def size(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+PERIOD = (1 << 20) + 7
+"""Random numbers start again after so many elements of a leaf: a prime, so that no two rows of a matrix are alike."""
+
+
 def trees(shapes: Shapes) -> tuple[Tree, Tree]:
     """Parameters and gradients, the same at every call."""
     rng = np.random.default_rng(0)
 
     def normal(scale: float) -> Tree:
-        return {name: scale * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        return {name: leaf(scale, shape) for name, shape in shapes.items()}
+
+    def leaf(scale: float, shape: tuple[int, ...]) -> np.ndarray:
+        numbers = scale * rng.standard_normal(min(math.prod(shape), PERIOD), np.float32)
+        return np.resize(numbers, shape)
 
     return normal(0.02), normal(0.01)
+
+
+def thinned(leaf: Any) -> Any:
+    """A leaf of NumPy, JAX or torch as one axis; of more than a million elements about so many, evenly spread."""
+    flat = leaf.reshape(-1)
+    apart = len(flat) // PERIOD | 1  # odd, so that every lane of a vector is seen
+    return flat if apart == 1 else flat[::apart]
 
 
 def gpt2_like(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
