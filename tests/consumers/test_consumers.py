@@ -311,7 +311,7 @@ def linen_start(tx, seed=0):
     [
         gx.adamw(gx.live(1e-2)),
         gx.accumulate(gx.chain(gx.clip_by_global_norm(1.0), gx.adam(optax.linear_schedule(1e-2, 0.0, 9))), every=2),
-        gx.chain(optax.trace(0.9), gx.rmsprop(1e-2, centered=True, momentum=0.9)),
+        gx.chain(optax.trace(0.9), gx.rmsprop(gx.live(1e-2), centered=True, momentum=0.9)),
     ],
     ids=["live", "accumulated", "with optax"],
 )

@@ -443,7 +443,7 @@ def test_one_norm_over_all_leaves_around_and_inside():
 
 
 def test_guards_and_batches_go_around_it():
-    tx = gx.observe(gx.skip_nonfinite(gx.accumulate(gx.muon(0.02, LAYOUTS, gx.adamw(3e-4)), every=2)))
+    tx = gx.observe(gx.skip_nonfinite(gx.accumulate(gx.muon(gx.live(0.02), LAYOUTS, gx.adamw(3e-4)), every=2)))
     step = jax.jit(tx.update)
     state = tx.init(MODEL)
     for grads in (GRADS, jax.tree.map(lambda g: 3 * g, GRADS)):
