@@ -9,6 +9,9 @@ import optax
 import pytest
 
 import gradxform as gx
+from tests.support.trees import assert_same
+
+pytestmark = pytest.mark.quick
 
 PARAMS = {
     "embed": jnp.asarray(np.random.default_rng(0).normal(size=(16, 32)), jnp.float32),
@@ -36,13 +39,6 @@ TRANSFORMATIONS = {
     "guarded foreign": gx.skip_nonfinite(gx.by_path({"embed": optax.sgd(0.1, momentum=0.9)}, default=gx.adamw(0.1))),
     "optax": optax.sgd(0.1, momentum=0.9),
 }
-
-
-def assert_same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert (a.dtype, getattr(a, "weak_type", False)) == (b.dtype, getattr(b, "weak_type", False))
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -210,7 +206,9 @@ def test_the_norm_of_leaves_of_unlike_sizes(sizes):
     tx = gx.observe(gx.identity())
     for some in (leaves, leaves[::-1]):
         _, state = jax.jit(tx.update)(some, tx.init(some), some)
-        np.testing.assert_allclose(gx.metrics(state)["grad_norm"], expected, rtol=2e-6)
+        # the XLA of JAX 0.10.1 and before adds up in longer runs
+        rtol = 2e-6 if jax.__version_info__ >= (0, 10, 2) else 5e-6
+        np.testing.assert_allclose(gx.metrics(state)["grad_norm"], expected, rtol=rtol)
 
 
 def test_leaves_alone_of_their_shape_are_measured_again_together():

@@ -17,6 +17,8 @@ from tests.support import chex
 from tests.support.tables import EVERYTHING, built, draw_for, entry_of
 from tests.support.trees import assert_same, signature
 
+pytestmark = pytest.mark.quick
+
 every_row = pytest.mark.parametrize("text", EVERYTHING)
 
 

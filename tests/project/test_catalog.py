@@ -24,6 +24,8 @@ from tests.support.trees import assert_same
 from tests.support.twins import ELSEWHERE, TWINS
 from tests.twins import elementwise as twins
 
+pytestmark = pytest.mark.quick
+
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = ("optimizers", "transforms", "wrappers")
 # What it builds is its caller's: of a rule, or of the matrices of a model, for the files of its folder.

@@ -18,6 +18,8 @@ import pytest
 import gradxform as gx
 from gradxform.catalog import CATALOG
 
+pytestmark = pytest.mark.quick
+
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = pathlib.Path(gx.__file__)
 IMPORTS = [node for node in ast.parse(SOURCE.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
