@@ -37,7 +37,7 @@ def rmsprop(
       momentum: β of a heavy ball on the normalised gradient, None for none; see `sgd`.
       nesterov: Look one step ahead; see `sgd`.
       bias_correction: Divide v by 1 − γᵗ.
-      state_dtype: Dtype of the state; see `normalize_by_rms`.
+      state_dtype: Dtype of the state, the momentum's too; see `normalize_by_rms`.
 
     Raises:
       TypeError, ValueError: if a number is out of its range, or ``nesterov`` lacks ``momentum``.
@@ -61,4 +61,4 @@ def rmsprop(
         initial_scale=initial_scale,
         state_dtype=state_dtype,
     )
-    return chain(normalize, sgd(learning_rate, momentum, nesterov))
+    return chain(normalize, sgd(learning_rate, momentum, nesterov, None if momentum is None else state_dtype))

@@ -19,8 +19,8 @@ import pytest
 from jax.core import Tracer
 
 import gradxform as gx
+from gradxform import catalog
 from gradxform._core.state import state_type
-from gradxform.catalog import CATALOG
 from tests.support import chex
 from tests.support.tables import OPTIMIZERS, WITHOUT_EPS, examples
 from tests.support.trees import STEPS, assert_same, walk
@@ -109,7 +109,7 @@ def test_what_is_not_finite_shows_as_far_as_its_clip_reaches(name, value):
 # Leaves
 
 
-ELEMENTWISE = examples(entry for entry in CATALOG.values() if entry.sees == "element")
+ELEMENTWISE = examples(entry for entry in (*catalog.OPTIMIZERS, *catalog.TRANSFORMATIONS) if entry.sees == "element")
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE | {name: EVERY[name] for name in WITHOUT_EPS})

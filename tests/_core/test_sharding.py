@@ -227,6 +227,18 @@ def a_donated_step_leaves_everything_where_it_is():
 
 
 @check
+def steps_outside_jit_leave_everything_where_it_is():
+    params = place(start() | {"columns": start()["columns"].astype(jnp.bfloat16)}, SPECS)
+    tx = gx.accumulate(CLIPPED_ADAMW, every=2)
+    for update in (jax.jit(tx.update), tx.update):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = update(params, state, params)
+        for tree in (updates, *moments(state)):
+            assert_placed(tree, SPECS)
+
+
+@check
 def moments_may_be_divided_where_parameters_are_not():
     params, batch = place(start(), EVERYWHERE), place(BATCH, (P("x"), P("x")))
     divided = {name: NamedSharding(mesh(), spec) for name, spec in SPECS.items()}

@@ -6,11 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-import os
-import pathlib
 import pickle
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +32,6 @@ from gradxform import catalog
 from tests.support import chex
 from tests.support.chex import assert_trees_all_close as assert_close
 
-ROOT = pathlib.Path(__file__).parents[2]
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
 PARAMS = {"kernel": jnp.arange(1.0, 7.0).reshape(2, 3), "bias": jnp.array([0.5, -0.5, 2.0])}
 MASK = {"kernel": True, "bias": False}
@@ -234,51 +229,6 @@ def test_trees_without_leaves(optimizer, nothing):
         updates, state = tx.update(nothing, tx.init(nothing), nothing)
         assert updates == nothing
         assert state.hyperparams["learning_rate"] == jnp.float32(0.1)
-
-
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import gradxform as gx
-
-mesh = Mesh(np.array(jax.devices()), ("x",))
-assert mesh.size == 8
-params = {
-    "rows": jax.device_put(jnp.ones((16, 3)), NamedSharding(mesh, P("x"))),
-    "columns": jax.device_put(jnp.ones((3, 16), jnp.bfloat16), NamedSharding(mesh, P(None, "x"))),
-    "whole": jax.device_put(jnp.ones(3), NamedSharding(mesh, P())),
-}
-shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
-tx = gx.accumulate(gx.chain(gx.clip_by_global_norm(1.0), gx.adamw(1e-3)), every=2)
-
-def check(state):
-    for moment in (state.mean, state.inner.mu, state.inner.nu):
-        for name, param in params.items():
-            assert moment[name].sharding.is_equivalent_to(param.sharding, param.ndim), (name, moment[name].sharding)
-
-state = tx.init(params)
-check(state)
-check(tx.init(shapes))
-for _ in range(2):
-    updates, state = jax.jit(tx.update)(params, state, params)
-check(state)
-for _ in range(2):
-    updates, state = tx.update(params, state, params)
-check(state)
-for name, param in params.items():
-    assert updates[name].sharding.is_equivalent_to(param.sharding, param.ndim), name
-print("sharded")
-"""
-
-
-def test_init_and_update_keep_the_sharding_of_every_parameter():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment["JAX_PLATFORMS"] = "cpu"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED],
-        env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False,
-    )  # fmt: skip
-    assert done.stdout == "sharded\n", done.stderr
 
 
 # Flax Linen
