@@ -13,10 +13,10 @@ import jax
 from libraries import has_torch
 
 
-def facts() -> dict[str, str]:
+def facts(outsiders: bool = True) -> dict[str, str]:
     """By name; `device` and `date` are worth showing without theirs."""
     names = ("jax", "jaxlib", "optax", "torch", "numpy")
-    versions = {name: version(name) for name in names if name != "torch" or has_torch()}
+    versions = {name: version(name) for name in names if name != "torch" or (outsiders and has_torch())}
     cpu = jax.default_backend() == "cpu"
     device = f"{os.cpu_count()} CPUs, {_processor()}" if cpu else jax.devices()[0].device_kind
     date = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"

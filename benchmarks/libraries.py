@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
@@ -222,12 +223,14 @@ def free() -> None:
 
 @functools.cache
 def has_torch() -> bool:
-    """Whether torch is installed, and can use the device that JAX runs on."""
-    try:
-        import torch
-    except ImportError:
+    """Whether torch is installed, and can use the device that JAX runs on. Not imported where that is no question."""
+    if importlib.util.find_spec("torch") is None:
         return False
-    return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and torch.cuda.is_available())
+    if jax.default_backend() == "cpu":
+        return True
+    import torch
+
+    return jax.default_backend() == "gpu" and torch.cuda.is_available()
 
 
 def outsiders(clips: bool = False) -> tuple[Outsider, ...]:

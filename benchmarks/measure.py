@@ -60,9 +60,6 @@ def measure_all(cases: Sequence[Case], console: Console, budget: float | None = 
     once it has used twice its even share of what was left.
     """
     jax.config.update("jax_enable_compilation_cache", False)
-    # modules need not be searched for garbage before every measurement
-    gc.collect()
-    gc.freeze()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     end, longest = time.monotonic() + (math.inf if budget is None else budget), 0.0
     with Progress(*columns, console=console, transient=True) as progress:
@@ -73,6 +70,9 @@ def measure_all(cases: Sequence[Case], console: Console, budget: float | None = 
             def tick(what: str, where: str = case.name) -> None:
                 progress.update(task, advance=1, description=f"{where}: {what}")
 
+            # modules need not be searched for garbage before every measurement
+            gc.collect()
+            gc.freeze()
             start = time.monotonic()
             if end - start < longest:
                 yield Found(left_out=[case.name])

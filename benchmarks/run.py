@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = report.wide_console()
     drawn = picture.drawable(options.picture, console)
     budget = preset.budget if options.budget is None else options.budget
-    begun = Found(facts={**facts(), "sizes": f"{name}, tiny" if options.quick else name})
+    begun = Found(facts={**facts(outsiders=not options.ours), "sizes": f"{name}, tiny" if options.quick else name})
     record = Record(chosen, begun, console, options.markdown, options.save)
     with contextlib.nullcontext() if budget is None else watched(CUT_OFF * budget, record.cut_off):
         for part in measure_all(chosen, console, budget):

@@ -98,7 +98,7 @@ class Comparison:
         same = sum(line.exact and not line.verdict for line in self.lines)
         worse = sum(line.worse for line in self.lines)
         return [
-            f"{same} exact figures are the same in both. {worse or 'No'} figures are worse in the new version.",
+            f"Of {len(self.lines)} figures {worse} are worse in the new version; {same} exact ones are the same.",
             *(f"Failed: {fault}" for fault in self.faults),
             *([f"Left out, for want of time: {'; '.join(self.left_out)}"] if self.left_out else []),
         ]
@@ -246,7 +246,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "new", metavar="NEW", type=Path, nargs="?", default=HERE.parent, help="the new one; by default this checkout"
     )
     parser.add_argument(
-        "--rounds", metavar="N", type=int, default=3, help="turns of each version, every one a new process (3)"
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=3,
+        help="turns of each version, every one a new process (3; fewer only show that it runs)",
     )
     parser.add_argument(
         "--samples", metavar="N", type=int, default=5, help="rounds of the compiled steps in each turn (5)"
