@@ -183,11 +183,7 @@ class Chain(Body):
                 trees.check_trainable("params", structure, index, trees.avals([leaf])[0])
         fields: dict[str, Any] = {}
         for each, own in zip(self.passes, plan.passes, strict=True):
-            fields |= (
-                each.initial(own, params, leaves, structure)
-                if isinstance(each, TreePass)
-                else each.initial(own, leaves, structure)
-            )
+            fields |= each.initial(own, params, leaves, structure)
         count = jnp.zeros((), jnp.int32)
         # arrays of their own: a step that donates its state may neither delete a user's nor be given one twice
         visible = jax.tree.map(jnp.array, self._visible(self._values(count, {})))

@@ -152,7 +152,7 @@ class Hyperparameter:
 
     @property
     def scales(self) -> bool:
-        """Whether it is a constant of any size, such as a learning rate: a kernel need not be made anew for another one."""
+        """Whether it is a constant of any size, such as a learning rate: for another no kernel need be made anew."""
         return isinstance(self.value, float) and self.value != 0.0 and self.within.high == math.inf
 
     @property

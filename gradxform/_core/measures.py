@@ -155,7 +155,7 @@ LEAF_NORMS = Measure(_norm, _norm_across)
 """‖x‖₂ of each leaf, in at least float32."""
 
 GLOBAL_NORM = Measure(_norm, _norm_across, _joint_norms)
-"""‖x‖₂ of groups that make up all leaves: small ones of a shape are a group, for thousands of sums compile slowly (X6)."""
+"""‖x‖₂ of groups that make up all leaves: small ones of a shape are a group (X6)."""
 
 
 def leaf_norms(

@@ -34,7 +34,7 @@ class RulePass:
     fields: tuple[str, ...]
     memory: tuple[str, ...]
 
-    def initial(self, plans: Sequence[LeafPlan], leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
+    def initial(self, plans: Sequence[LeafPlan], params: Any, leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
         """The pass's part of the state."""
         slots = [
             _initial_slots(plan.rules, leaf) if plan.places else [] for plan, leaf in zip(plans, leaves, strict=True)
@@ -109,7 +109,7 @@ class RulePass:
         return [tuple([row[place] for place in plan.places]) for plan, row in zip(plans, rows, strict=True)]
 
     def _check_leaves(self, plans: Sequence[LeafPlan], leaves: Leaves) -> None:
-        """Raise if a rule gets a leaf that it can't take: one that does not fit, or where it needs whole ones a shard."""
+        """Raise if a rule can't take a leaf: it does not fit, or is a shard where the rule needs whole ones."""
         for place, rule in enumerate(self.rules):
             if not rule.picky:
                 continue
@@ -143,7 +143,7 @@ class RulePass:
     def _scalars(
         self, plans: Sequence[LeafPlan], state: Any, values: Mapping[str, Any], leaves: Leaves, call: Call
     ) -> tuple[dict[Any, Scalars], list[Mapping[str, Any]], dict[str, Any], Report]:
-        """The numbers of this step for each dtype of arithmetic and of each leaf, what is remembered, and the report."""
+        """This step's numbers for each dtype of arithmetic and of each leaf, what is remembered, and the report."""
         first = self.rules[0]
         own: list[Mapping[str, Any]] = [{}] * len(plans)
         dynamic = {name: value for name, value in values.items() if not isinstance(value, float)}

@@ -53,8 +53,8 @@ class Plan:
 
     frozen: list[bool]
     """Which leaves stay as they are: frozen, or functions."""
-    passes: list[list[LeafPlan] | TreePlan]
-    """For each pass of the chain."""
+    passes: list[Any]
+    """For each pass of the chain, a `TreePlan`, or a `LeafPlan` of each leaf."""
     untouched: list[int]
     """The leaves that are not frozen, but on which nothing acts."""
 
@@ -138,7 +138,7 @@ def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals) -> Plan
             rules = _rules_by_leaf(part, selection, frozen)
             drafts.append(([any(rule is not NOTHING for rule in each) for each in rules], rules))
     later = [False] * len(frozen)
-    made: list[list[LeafPlan] | TreePlan] = []
+    made: list[Any] = []
     for part, (acts, more) in zip(reversed(passes), reversed(drafts), strict=True):
         ends = [act and not after for act, after in zip(acts, later, strict=True)]
         if isinstance(part, TreeStage):

@@ -5,8 +5,8 @@ X1  A kernel on a CPU has one result; two results of one computation are two ker
 X2  Two arrays that are written over, each made from the old values of both, are copied first.
     `written`: what both are made of becomes an array of its own, from which both are made.
 X3  A reduction of floats, or of more than 32 numbers, is a kernel of its own on a CPU, and what it reads and others
-    read as well is written out. Norms of rescaled arrays are rescaled norms, others widen by `numerics.arithmetic.widened_apart`,
-    and maxima of blocks are of integers, 32 at a time.
+    read as well is written out. Norms of rescaled arrays are rescaled norms, others widen by
+    `numerics.arithmetic.widened_apart`, and maxima of blocks are of integers, 32 at a time.
 X4  What is scheduled in no order may be copied to be on the safe side.
     `after`: a value that depends on another one, by a selection that never selects.
 X5  A branch (`jax.lax.cond`) is not looked into from outside. `written` passes a value through one.

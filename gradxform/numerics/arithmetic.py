@@ -124,7 +124,7 @@ def times(number: Any, x: Array) -> Array:
     return x if is_constant(number, 1.0) else number * x
 
 
-def abs_squared(x: Array, scale: Array | None = None) -> Array:
+def abs_squared(x: Array, scale: Array | float | None = None) -> Array:
     """|x|², real for complex x; with a scale, |scale·x|²."""
     scaled = parts(x) if scale is None else [scale * part for part in parts(x)]
     return functools.reduce(jax.lax.add, [part * part for part in scaled])

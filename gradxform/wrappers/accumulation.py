@@ -174,7 +174,8 @@ class Accumulate(Wrapper):
             return self.every
         if state.steps is None:
             raise ValueError(f"state.steps is None, and every is a schedule of the steps taken; {ANEW}")
-        return scheduled("the schedule every of accumulate", self.every, state.steps)
+        calls = scheduled("the schedule every of accumulate", self.every, state.steps)
+        return jnp.ceil(jnp.asarray(calls, jnp.float32)).astype(jnp.int32)
 
     def _reduced(self, mean: Array, kept: Array) -> Array:
         """What the inner transformation gets, of the mean of so many gradients."""

@@ -104,7 +104,6 @@ LEAVES = {
     "key": (jax.random.key(0), "key<fry>[]"),
     "old key": (jax.random.PRNGKey(0), "uint32[2]"),
     "float0": (np.zeros(3, jax.dtypes.float0), "float0 & integer input"),
-    "function": (jax.nn.relu, "eqx.filter"),
     "object": (object(), "object"),
 }
 
@@ -124,13 +123,6 @@ LEAVES = {
 )
 def test_leaves_that_cannot_be_trained(argument, call, leaf, words):
     check(Row(lambda: call(leaf), TypeError, f"{argument}['b'] & {words}"))
-
-
-def test_an_unfiltered_equinox_module_is_refused_by_the_name_of_its_leaf():
-    eqx = pytest.importorskip("equinox")
-    model = eqx.nn.MLP(2, 1, 2, 1, key=jax.random.key(0))
-    check(Row(lambda: gx.adam(0.1).init(model), TypeError, "params.activation & eqx.filter"))
-    gx.adam(0.1).init(eqx.filter(model, eqx.is_inexact_array))
 
 
 # States

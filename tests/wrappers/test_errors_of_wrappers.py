@@ -38,10 +38,6 @@ def with_b(leaf: Any) -> Any:
     return {**PARAMS, "b": leaf}
 
 
-def network() -> Any:
-    return pytest.importorskip("equinox").nn.MLP(2, 1, 2, 1, key=jax.random.key(0))
-
-
 def update(tx: Any, updates: Any = PARAMS, state: Any = None, params: Any = PARAMS) -> Any:
     return tx.update(updates, tx.init(PARAMS) if state is None else state, params)
 
@@ -58,11 +54,6 @@ INPUTS = {
     "float0": (lambda tx: update(tx, with_b(np.zeros(3, jax.dtypes.float0))), TypeError, "updates['b'] & float0"),
     "string in params": (lambda tx: tx.init(with_b("adam")), TypeError, "params['b'] & str 'adam'"),
     "int in params": (lambda tx: tx.init(with_b(jnp.ones(3, int))), TypeError, "params['b'] & int32[3]"),
-    "module": (
-        lambda tx: tx.init(with_b(network())),
-        TypeError,
-        "params['b'].activation & eqx.filter",
-    ),
     "without params": (lambda tx: tx.update(PARAMS, tx.init(PARAMS)), ValueError, "params"),
     "state of sgd": (lambda tx: update(tx, state=gx.sgd(0.1).init(PARAMS)), TypeError, "state is State"),
     "state of optax": (lambda tx: update(tx, state=optax.adam(0.1).init(PARAMS)), TypeError, "state is tuple"),

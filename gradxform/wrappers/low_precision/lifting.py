@@ -171,7 +171,7 @@ class LowPrecision(Wrapper):
         """Which leaves are low-precision numbers and not frozen."""
         dtypes = [trees.aval(leaf)[1] for leaf in leaves]
         narrow = [
-            not rests and trees.trainable(dtype) and dtype.itemsize < 4
+            not rests and dtype is not None and trees.trainable(dtype) and dtype.itemsize < 4
             for dtype, rests in zip(dtypes, frozen, strict=True)
         ]
         if not all(frozen) and not any(narrow):
