@@ -41,6 +41,11 @@ def positive_range() -> Range:
     return Range(0.0, math.inf, closed_low=False)
 
 
+def is_a(value: object, *types: type) -> bool:
+    """`isinstance`, where annotations say that it must be: callers are not all checked."""
+    return isinstance(value, types)
+
+
 def flag(name: str, value: object) -> bool:
     """True or False, and nothing that merely acts like it."""
     if not isinstance(value, bool | np.bool_):

@@ -40,14 +40,25 @@ class Assigned:
 class Body(abc.ABC):
     """What a transformation does: pure, hashable, comparable, and with a `repr` that reads like the call."""
 
-    lands: bool = False
-    """Whether its updates are exact: they take low-precision parameters to chosen values, so nothing may follow."""
-    reports: tuple[str, ...] = ()
-    """The names in its report."""
-    needs_params: bool = False
-    """Whether ``update`` raises without params."""
-    measures: bool = False
-    """Whether something in it depends on all leaves at once, such as a global norm."""
+    @property
+    def lands(self) -> bool:
+        """Whether its updates are exact: they take low-precision parameters to chosen values, so nothing may follow."""
+        return False
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """The names in its report."""
+        return ()
+
+    @property
+    def needs_params(self) -> bool:
+        """Whether ``update`` raises without params."""
+        return False
+
+    @property
+    def measures(self) -> bool:
+        """Whether something in it depends on all leaves at once, such as a global norm."""
+        return False
 
     @abc.abstractmethod
     def init(self, params: Any) -> Any: ...
@@ -131,19 +142,19 @@ class Wrapper(Body):
     tx: Body
 
     @property
-    def lands(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    def lands(self) -> bool:
         return self.tx.lands
 
     @property
-    def reports(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    def reports(self) -> tuple[str, ...]:
         return self.tx.reports
 
     @property
-    def measures(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    def measures(self) -> bool:
         return self.tx.measures
 
     @property
-    def needs_params(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    def needs_params(self) -> bool:
         return self.tx.needs_params
 
     def frozen(self, params: Any) -> list[bool]:

@@ -55,23 +55,27 @@ class Chain(Body):
 
     # What is derived from the stages
 
-    @functools.cached_property
-    def lands(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    @property
+    def lands(self) -> bool:
         return any(isinstance(stage, TreeStage) and stage.body.lands for stage in self.flat)
 
-    @functools.cached_property
-    def reports(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
-        return tuple(unique_names([name for stage in self.flat for name in _reports(stage)]))
+    @property
+    def reports(self) -> tuple[str, ...]:
+        return self._reports
 
     @functools.cached_property
-    def needs_params(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    def _reports(self) -> tuple[str, ...]:
+        return tuple(unique_names([name for stage in self.flat for name in reports_of(stage)]))
+
+    @property
+    def needs_params(self) -> bool:
         rules = [rule for stage in self.flat if isinstance(stage, Rule) for rule in stage.parts]
         bodies = [stage.body for stage in self.flat if isinstance(stage, TreeStage)]
         masked = any(stage.mask for stage in (*rules, *self.flat))
         return masked or any(one.needs_params for one in (*rules, *bodies))
 
-    @functools.cached_property
-    def measures(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (read only)
+    @property
+    def measures(self) -> bool:
         return any(map(measures, self.flat))
 
     @functools.cached_property
@@ -326,5 +330,5 @@ def _known(stages: tuple[Stage, ...], labels: Any) -> Chain:
     return Chain(stages)
 
 
-def _reports(stage: Rule | TreeStage) -> tuple[str, ...]:
+def reports_of(stage: Rule | TreeStage) -> tuple[str, ...]:
     return stage.reports if isinstance(stage, Rule) else stage.body.reports

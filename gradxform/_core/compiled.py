@@ -56,7 +56,9 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     @functools.wraps(step)
-    def wrapped(ending, dtype, scalars, own, update, slots, param, *more):  # pyright: ignore[reportMissingParameterType] (as `step`)
+    def wrapped(
+        ending: Ending, dtype: Any, scalars: Any, own: Any, update: Any, slots: Any, param: Any, *more: Any
+    ) -> Any:
         like = (param if ending.gives == "param" else update), slots
         return partitioned(functools.partial(step, ending, dtype), like, scalars, own, update, slots, param, *more)
 
@@ -71,7 +73,9 @@ def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]
     """
 
     @compiled
-    def leaf_update(ending, dtype, scalars, own, update, slots, param, accepted):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def leaf_update(
+        ending: Ending, dtype: Any, scalars: Scalars, own: Any, update: Any, slots: Any, param: Any, accepted: Any
+    ) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
             structure = _slot_structure(rules)
@@ -95,7 +99,9 @@ def on_batch(rules: tuple[Rule, ...]) -> Callable[..., tuple[list[Any], list[tup
     """`on_leaf` for several leaves of one shape, stacked; what differs from leaf to leaf comes in lists."""
 
     @compiled
-    def batch_update(ending, dtype, scalars, own, updates, slots, params, accepted):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def batch_update(
+        ending: Ending, dtype: Any, scalars: Scalars, own: Any, updates: Any, slots: Any, params: Any, accepted: Any
+    ) -> Any:
         def single(own: Any, update: Any, slots: Any, param: Any) -> Any:
             return on_leaf(rules)(ending, dtype, scalars, own, update, slots, param, accepted)
 
@@ -159,7 +165,7 @@ def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
     narrow = any(_narrow(inner.state_dtype) for rule in rules for inner in rule.parts)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step_scalars(dtype, count, dynamic):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def step_scalars(dtype: Any, count: Any, dynamic: Mapping[str, Any]) -> Scalars:
         with jax.numpy_dtype_promotion("standard"):
             number = increment(count).astype(dtype)
             seed = rounding.mix(jnp.asarray(count).astype(np.uint32)) if narrow else None
@@ -174,7 +180,7 @@ def measured(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]:
     """``leaf_measure(dtype, update)``: the numbers of one leaf."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def leaf_measure(dtype, update):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def leaf_measure(dtype: Any, update: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             return partitioned(lambda x: measure.of(numerics.cast(x, dtype)), PartitionSpec(), update)
 
@@ -191,7 +197,7 @@ def measured_jointly(measure: Measure) -> Callable[..., Mapping[str, jax.Array]]
         return joint(groups, dtype)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def joint_measure(dtype, groups):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def joint_measure(dtype: Any, groups: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             return partitioned(functools.partial(on_whole, dtype), PartitionSpec(), groups)
 
@@ -203,7 +209,7 @@ def gathered(rule: Rule) -> Callable[..., tuple[Scalars, dict[str, jax.Array], R
     """``all_leaves(dtype, scalars, numbers, memory)``: scalars with what a rule makes of the numbers of all leaves."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def all_leaves(dtype, scalars, numbers, memory):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def all_leaves(dtype: Any, scalars: Scalars, numbers: Any, memory: Mapping[str, Any]) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             remembered = {name: value.astype(dtype) for name, value in memory.items()}
             step = one_array.step_of(rule, scalars, scalars.prepared[0], remembered)

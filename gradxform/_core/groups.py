@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from gradxform._core.arguments import flag
+from gradxform._core.arguments import flag, is_a
 from gradxform._core.body import Transformation
 from gradxform._core.chain import chain_of
 from gradxform._core.lift import stages_of
@@ -68,7 +68,7 @@ def by_path(
       >>> print(state.mu["embed"], state.hyperparams)
       MaskedNode() {'learning_rate': Array(0.1, dtype=float32), 'head/kernel/learning_rate': Array(0.05, dtype=float32)}
     """
-    if not isinstance(groups, Mapping) or not groups:  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
+    if not is_a(groups, Mapping) or not groups:
         raise TypeError(f"groups must be a dict from patterns to transformations or overrides, got {groups!r}")
     table = table_of("by_path", groups, has_default=default is not None)
     base = () if default is None else _stages("default", default)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from gradxform._core import trees
+from gradxform._core.arguments import is_a
 from gradxform._core.differences import difference
 from gradxform._core.folding import listed
 
@@ -344,7 +345,7 @@ def glob(pattern: str) -> re.Pattern[str]:
       >>> gx.glob("encoder/*/kernel").fullmatch("encoder/layer_0/kernel") is not None
       True
     """
-    if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
+    if not is_a(pattern, str):
         raise TypeError(f"pattern must be a string, got {pattern!r}")
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"((?:^|(?<=/))\*\*/|\*\*|\*|\?)", pattern)

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gradxform._core.arguments import is_a
 from gradxform._core.rule import Array
 from gradxform._core.trees import is_complex
 
@@ -148,7 +149,7 @@ class Layout:
 
 def layout_of(text: str) -> Layout:
     """The layout that `text` describes; raises if it is none."""
-    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
+    if not is_a(text, str):
         raise TypeError(f"layout must be a string such as 'in out', got {text!r}")
     return _layout_of(text)
 

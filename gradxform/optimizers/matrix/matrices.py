@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import optax
 
 from gradxform._core import trees
+from gradxform._core.arguments import is_a
 from gradxform._core.body import Transformation
 from gradxform._core.chain import chain_of
 from gradxform._core.folding import listed
@@ -35,7 +36,7 @@ def by_layout(
     """``on(layout)`` on the leaves that a pattern of `matrices` matches, `other` on all others; see `muon`."""
     if isinstance(matrices, str | re.Pattern):
         matrices = {matrices: "in out"}
-    if not isinstance(matrices, Mapping) or not matrices:  # pyright: ignore[reportUnnecessaryIsInstance] (callers are not all checked)
+    if not is_a(matrices, Mapping) or not matrices:
         raise TypeError(f"matrices must be a pattern or a dict from patterns to layouts, got {matrices!r}")
     layouts = tuple(layout_of(layout) for layout in matrices.values())
     table = MatrixTable(who, table_of(who, matrices, False).patterns, other is not None, "other", layouts)

@@ -75,7 +75,9 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
     in_parts = not any(inner.whole for rule in rules for inner in rule.parts)
 
     @compiled
-    def coded_leaf_update(ending, dtype, scalars, own, update, slots, param, accepted, seeds):  # pyright: ignore[reportMissingParameterType] (a compiled closure)
+    def coded_leaf_update(
+        ending: Any, dtype: Any, scalars: Any, own: Any, update: Any, slots: Any, param: Any, accepted: Any, seeds: Any
+    ) -> Any:
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1 and not meshes.varying_over(update)
         length = _run_length(update.size // used[0].block)
         alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
