@@ -86,8 +86,8 @@ def by_path(
 def freeze(mask: MaskLike | None = None) -> Transformation:
     """u ← −0: the parameter stays as it is, to the bit, and has no state and no part in a global norm.
 
-    In a chain, the leaves are frozen for all its transformations, those before and after it. They may be of any dtype, such
-    as an int8 base under float adapters; their gradients may be anything, also None or float0.
+    In a chain, the leaves are frozen for all its transformations, those before and after it. They may be of any dtype,
+    such as an int8 base under float adapters; their gradients may be anything, also None or float0.
 
     Args:
       mask: Which leaves are frozen; see `add_decoupled_weight_decay`. Default all.

@@ -6,7 +6,9 @@ it went.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import pathlib
 import tempfile
 
@@ -125,14 +127,13 @@ def sorted_in_rows_of_three(update, state, param, step):
     return jnp.sort(update.reshape(-1, 3), axis=0).reshape(update.shape), state
 
 
-def largest(groups):
+def largest(groups, dtype):
     """Of groups of leaves, which does not say how its reshape is divided either."""
-    return {
-        "largest": jnp.stack([jnp.max(jnp.stack([jnp.abs(leaf.reshape(-1)) for leaf in group])) for group in groups])
-    }
+    found = [jnp.max(jnp.stack([jnp.abs(leaf.reshape(-1)) for leaf in group])) for group in groups]
+    return {"largest": jnp.stack(found).astype(dtype)}
 
 
-LARGEST = gx.Measure(of=lambda leaf: {"largest": largest([[leaf]])["largest"][0]}, joint=largest)
+LARGEST = gx.Measure(of=lambda leaf: {"largest": largest([[leaf]], leaf.dtype)["largest"][0]}, joint=largest)
 
 
 TYPED = {"rows": P("x", None), "columns": P(None, "x"), "whole": P()}
@@ -193,12 +194,20 @@ def an_update_on_an_explicit_mesh_is_that_of_one_device():
 
 
 @check
-def init_compiled_on_a_mesh_that_types_show_puts_moments_where_parameters_are():
-    params = place(start(), SPECS, AxisType.Explicit)
-    with jax.set_mesh(mesh(AxisType.Explicit)):
-        for tx in (CLIPPED_ADAMW, gx.accumulate(CLIPPED_ADAMW, every=2)):
-            for moment in moments(jax.jit(tx.init)(params)):
-                assert_placed(moment, SPECS)
+def init_compiled_on_a_mesh_puts_moments_where_parameters_are():
+    for axis_type, named in itertools.product((AxisType.Explicit, AxisType.Auto), (False, True)):
+        params = place(start(), SPECS, axis_type)
+        narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        with jax.set_mesh(mesh(axis_type)) if named else contextlib.nullcontext():
+            for tx, given in (
+                (CLIPPED_ADAMW, params),
+                (gx.accumulate(CLIPPED_ADAMW, every=2), params),
+                (gx.compensated(CLIPPED_ADAMW), narrow),
+            ):
+                found = moments(jax.jit(tx.init)(given))
+                assert found
+                for moment in found:
+                    assert_placed(moment, SPECS)
 
 
 @check
