@@ -102,7 +102,7 @@ OPTIMIZERS = (
         degree=1,
         composition={"momentum(α, β)": "chain(scale_by_momentum(β), scale_by_learning_rate(α))"},
         optax={"momentum(α, β)": "chain(ema(β, debias=False), scale_by_learning_rate(α))"},
-        torch="torch's momentum is a sum, not an average: SGD(lr=α·(1 − β), momentum=β) from a first gradient of 1 − β",
+        torch={"momentum(α, β)": "optim.SGD(lr=α * (1 - β), momentum=β)"},  # torch adds up where this averages
         paper="Polyak 1964",
     ),
     Entry(
