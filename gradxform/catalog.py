@@ -21,7 +21,7 @@ def falling(step: Any) -> Any:
     return 0.5 / (1.0 + step)
 
 
-# None is a default, so that calls in which one leaves a symbol out are not equal by chance.
+# No number is a default, so that two calls are not equal by chance where the first leaves a symbol out.
 SYMBOLS: Mapping[str, Any] = {"α": 0.05, "β": 0.8, "γ": 0.95, "λ": 0.01, "ε": 1e-3, "c": 0.5, "s": falling}
 
 Pairs = Mapping[str, str]
@@ -102,7 +102,7 @@ OPTIMIZERS = (
         degree=1,
         composition={"momentum(α, β)": "chain(scale_by_momentum(β), scale_by_learning_rate(α))"},
         optax={"momentum(α, β)": "chain(ema(β, debias=False), scale_by_learning_rate(α))"},
-        torch="torch's momentum is a sum, not an average: SGD(lr=α·(1 − β), momentum=β) from a first gradient of 1 − β",
+        torch={"momentum(α, β)": "optim.SGD(lr=α * (1 - β), momentum=β)"},  # torch adds up where this averages
         paper="Polyak 1964",
     ),
     Entry(
@@ -446,7 +446,7 @@ WRAPPERS = (
         idea="norms, ratios and counts of a step, kept in its state",
         examples=("observe(adam(α))", 'observe(adam(α), by="leaf")'),
         sees="tree",
-        optax="optax.monitor keeps what a function of one's own makes of the updates, and no metric is given",
+        optax="optax.monitor keeps what a function that you write makes of the updates; it has no metrics itself",
         torch="torch leaves metrics to its users",
         paper="none: measurements",
     ),
@@ -501,7 +501,7 @@ COMPOSITION = (
     ),
     Entry(
         function=gx.chain,
-        idea="do the one after the other, in a single pass",
+        idea="transformations after each other, in a single pass",
         examples=("chain(clip_by_global_norm(c), adamw(α))",),
         sees="tree",
         optax=alike("chain(clip_by_global_norm(c), adamw(α))"),

@@ -17,7 +17,7 @@ import pytest
 import gradxform as gx
 from tests.support.trees import assert_close, assert_same
 
-pytestmark = [pytest.mark.once, pytest.mark.quick]
+pytestmark = pytest.mark.once
 
 
 class Head(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -41,6 +41,15 @@ WITHOUT_EPS = {
 
 # All that there is, and parameters that each takes
 EVERYTHING = examples(catalog.CATALOG.values())
+
+
+def wrapping(text: str) -> Callable[[Any], gx.Transformation]:
+    """An example of a wrapper, around another transformation than the Adam that all of them hold."""
+    assert "adam(α)" in text
+    return lambda tx: built(text.replace("adam(α)", "tx"), tx=tx)
+
+
+WRAPPERS = {entry.name: wrapping(entry.examples[0]) for entry in catalog.WRAPPERS}
 
 
 def entry_of(text: str) -> Entry:

@@ -12,6 +12,7 @@ import pytest
 
 import gradxform as gx
 from tests._core.test_errors import Row, check, table
+from tests.support import tables
 from tests.support.trees import assert_same
 
 pytestmark = pytest.mark.once
@@ -19,14 +20,7 @@ pytestmark = pytest.mark.once
 PARAMS = {"w": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(3)}
 ADAMW = gx.adamw(gx.live(0.1))
 WRAPPERS = {
-    "accumulate": lambda tx: gx.accumulate(tx, every=2),
-    "skip_nonfinite": gx.skip_nonfinite,
-    "skip_spikes": gx.skip_spikes,
-    "observe": gx.observe,
-    "stochastic_rounding": lambda tx: gx.stochastic_rounding(tx, 0),
-    "compensated": gx.compensated,
-    "master_weights": gx.master_weights,
-    "quantize_state": gx.quantize_state,
+    **tables.WRAPPERS,
     "by_path": lambda tx: gx.by_path({"w": {"weight_decay": 0.0}, "b": tx}, default=None if tx is None else tx),
     "clip_by_zscore": lambda tx: gx.chain(gx.clip_by_zscore(), tx),
     "clip_by_average_norm": lambda tx: gx.chain(gx.clip_by_average_norm(), tx),
