@@ -15,7 +15,7 @@ from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.measures import GLOBAL_NORM, LEAF_NORMS
 from gradxform._core.rule import Array, Slots, Step, no_slots
-from gradxform.numerics.arithmetic import is_constant, lerp, root
+from gradxform.numerics.arithmetic import clamp, is_constant, largest_square, lerp, root
 from gradxform.numerics.norms import factor_to, norm
 
 
@@ -219,7 +219,9 @@ def _gather_zscore(measured: Any, step: Step) -> dict[str, Array]:
     weight = jnp.where(adaptive, 1 - step.decay, 1 / number)
     new_mean = lerp(mean, usual, weight)
     # before, Welford's recurrence gives the population's variance; after, ZClip takes the new mean alone
-    square = (usual - new_mean) * jnp.where(adaptive, usual - new_mean, usual - mean)
+    largest = largest_square(size.dtype)  # a variance that overflowed would never let anything be clipped again
+    off, off_before = clamp(usual - new_mean, largest), clamp(usual - mean, largest)
+    square = off * jnp.where(adaptive, off, off_before)
     limit = usual if step.max_norm is None else jnp.minimum(usual, step.max_norm)
     finite = jnp.isfinite(size)
     return {

@@ -79,7 +79,7 @@ def test_it_prints_as_it_is_built(text):
         assert eval(repr(EVERYTHING[text]), {**vars(gx), "falling": SYMBOLS["s"]}) == EVERYTHING[text]
 
 
-@every_row_but("the variance of norms is kept as a square, which 1e20 has none of in float32", "clip_by_zscore")
+@every_row
 def test_a_gradient_of_any_size_gives_finite_parameters_and_state(text):
     params, signs = draw_for(text, 1), jax.tree.map(jnp.sign, draw_for(text, 2))
     for size in (0.0, 1e-38, 1e-20, 1e20, 1e30):

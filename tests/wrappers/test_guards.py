@@ -702,3 +702,12 @@ def test_a_huge_finite_gradient_is_not_clipped_to_nothing(clip):
     # 1/2e38 would be flushed to zero; the smallest normal number in its place is too large by 2.4
     assert (updates > 0).all()
     assert np.linalg.norm(updates) < 4
+
+
+def test_zscore_clips_again_after_a_norm_whose_square_overflows():
+    tx = gx.clip_by_zscore(warmup=3, decay=0.5, max_norm=None)
+    state = tx.init(jnp.zeros(1))
+    for gradient in (1.0, 2.0, 1e25, *[1.0] * 200, 1e6):
+        updates, state = tx.update(jnp.array([gradient]), state)
+    assert jnp.isfinite(state.norm_variance)
+    assert updates[0] < 10
