@@ -20,7 +20,7 @@ from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast, increment, slot_names
 from gradxform._core.encoded import EncodedParam
 from gradxform._core.explain import wrong_state
-from gradxform._core.hyperparameters import Hyperparameter, by_key, evaluate, shown
+from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
 from gradxform._core.leaves import Leaves, masked, no_update
 from gradxform._core.masks import Mask
@@ -30,6 +30,7 @@ from gradxform._core.rule import Rule
 from gradxform._core.stages import Groups, Stage, TreeStage, expanded, hyperparameters_of, measures
 from gradxform._core.state import state_type, unique_names
 from gradxform._core.trees import unless
+from gradxform._core.values import by_key, evaluate, shown
 from gradxform.numerics import arithmetic as numerics
 
 _MOST_PLANS = 64

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from gradxform._core import rule as one_array
-from gradxform._core import trees
+from gradxform._core import one_array, trees
 from gradxform._core.arguments import visible_dtype
 from gradxform._core.call import Report
 from gradxform._core.encoded import EncodedParam, Form
 from gradxform._core.meshes import partitioned
-from gradxform._core.rule import Measure, Rule, Scalars
+from gradxform._core.one_array import Scalars
+from gradxform._core.rule import Measure, Rule
 from gradxform.numerics import arithmetic as numerics
 from gradxform.numerics import rounding
 

@@ -12,7 +12,8 @@ from gradxform._core.arguments import flag, is_a
 from gradxform._core.body import Transformation
 from gradxform._core.chain import chain_of
 from gradxform._core.lift import stages_of
-from gradxform._core.masks import MaskLike, mask_of, table_of
+from gradxform._core.masks import MaskLike, mask_of
+from gradxform._core.patterns import table_of
 from gradxform._core.rule import Array, Rule, Slots, Step, no_slots
 from gradxform._core.stages import Group, Groups, Stage, TreeStage
 from gradxform.numerics.arithmetic import no_update

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform._core import meshes, trees
-from gradxform._core import rule as one_array
+from gradxform._core import meshes, one_array, trees
 from gradxform._core.arguments import visible_dtype
 from gradxform._core.body import Foreign
 from gradxform._core.call import Call, Report
@@ -20,8 +19,9 @@ from gradxform._core.compiled import Ending, gathered, on_batch, on_leaf, prepar
 from gradxform._core.encoded import EncodedMoment, EncodedParam, decoded
 from gradxform._core.leaves import HOLE, Leaf, Leaves, column, masked, widened
 from gradxform._core.measures import measure_leaves, remember_rescaled, type_of
+from gradxform._core.one_array import Scalars
 from gradxform._core.plan import LeafPlan, TreePlan
-from gradxform._core.rule import NOTHING, Rule, Scalars
+from gradxform._core.rule import NOTHING, Rule
 from gradxform._core.stages import TreeStage
 from gradxform.numerics import arithmetic as numerics
 

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from gradxform._core.body import Body
 from gradxform._core.hyperparameters import Hyperparameter
-from gradxform._core.masks import Both, Mask, Members, Table
+from gradxform._core.masks import Both, Mask, Members
+from gradxform._core.patterns import Table
 from gradxform._core.rule import Rule
 
 

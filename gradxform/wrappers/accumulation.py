@@ -15,13 +15,14 @@ from gradxform._core.arguments import axes, count_of, one_of, visible_dtype
 from gradxform._core.body import Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import increment
-from gradxform._core.hyperparameters import live, scheduled
+from gradxform._core.hyperparameters import live
 from gradxform._core.leaves import Leaf, Leaves, masked, no_update
 from gradxform._core.lift import lift
 from gradxform._core.measures import all_finite
 from gradxform._core.rule import Array, Slots, Step
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import ANEW, concrete, unless
+from gradxform._core.values import scheduled
 from gradxform.numerics.arithmetic import cast, lerp
 
 

@@ -19,8 +19,8 @@ from gradxform._core.body import Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
 from gradxform._core.encoded import EncodedParam, decoded
 from gradxform._core.leaves import Leaves
-from gradxform._core.masks import Table, table_of
 from gradxform._core.measures import bad_leaves, global_norm, leaf_norms, total
+from gradxform._core.patterns import Table, table_of
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import unless
 

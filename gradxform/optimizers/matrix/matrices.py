@@ -17,7 +17,7 @@ from gradxform._core.chain import chain_of
 from gradxform._core.folding import listed
 from gradxform._core.groups import own_group
 from gradxform._core.lift import stages_of
-from gradxform._core.masks import Table, table_of
+from gradxform._core.patterns import Table, table_of
 from gradxform._core.stages import Group, Groups
 from gradxform.optimizers.matrix.hidden import names_of_ends, shape_of_an_end
 from gradxform.optimizers.matrix.layouts import Layout, layout_of
