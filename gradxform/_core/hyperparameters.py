@@ -29,8 +29,8 @@ def live(value: float | jax.Array) -> Live:
     """Mark a hyperparameter as settable in the state: no recompilation, and vmappable.
 
     The number moves into the state, where every step reads it, ``state.hyperparams`` shows it and `set_hyperparams`
-    replaces it. So it is saved with the state: a state that is restored goes on with the checkpoint's number, whatever
-    number the optimizer is built with then; set it to have another one.
+    replaces it. So it is saved with the state: a restored state goes on with the checkpoint's number, whatever number
+    the optimizer is built with; to change it, call `set_hyperparams`.
 
     Args:
       value: The first value, a number or a 0-d array.
@@ -53,7 +53,7 @@ def live(value: float | jax.Array) -> Live:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """A multiple of what a hyperparameter is elsewhere; made by `times`."""
+    """A multiple of the default's hyperparameter; made by `times`."""
 
     factor: float
 
@@ -100,12 +100,12 @@ class Hyperparameter:
     optimizer rebuilt from the same numbers is the same optimizer.
     """
 
-    value: float | jax.Array | Schedule | Live | Multiple = dataclasses.field(compare=False)
+    value: float | jax.Array | np.ndarray | np.number | Schedule | Live | Multiple = dataclasses.field(compare=False)
     within: Range = dataclasses.field(default=FINITE, compare=False)
     name: str | None = dataclasses.field(default=None, compare=False)
     group: str | None = dataclasses.field(default=None, compare=False)
     key: tuple[Any, ...] = dataclasses.field(init=False)
-    """What equal ones share: made once, for rules are looked up by it in every trace."""
+    """What is compared and hashed. It is made once, for every trace looks rules up by it."""
 
     def __post_init__(self) -> None:
         value = self.value
@@ -127,7 +127,7 @@ class Hyperparameter:
         return Hyperparameter(value, self.within, name, self.group)
 
     def replaced(self, value: Any, group: str) -> Hyperparameter:
-        """What `group` has in place of this value: another one, or a multiple of it."""
+        """What `group` has in place of this: a hyperparameter of another value, or a multiple of this one."""
         if not isinstance(value, Times):
             return Hyperparameter(value, self.within, self.name, group).named(str(self.name))
         if isinstance(self.value, float):
@@ -148,7 +148,7 @@ class Hyperparameter:
 
     @property
     def scales(self) -> bool:
-        """Whether it is a constant of any size, such as a learning rate: for another no kernel need be made anew."""
+        """Whether it is a constant that kernels may get as an argument: not 0, and unbounded, as a learning rate is."""
         return isinstance(self.value, float) and self.value != 0.0 and self.within.high == math.inf
 
     @property
@@ -157,20 +157,20 @@ class Hyperparameter:
 
     @property
     def visible(self) -> bool:
-        """Whether the state shows it: if it changes from step to step, or can be set."""
+        """Whether the state shows it: because it changes from step to step, or can be set."""
         if isinstance(self.value, Multiple):
             return self.value.of.visible
         return self.live or callable(self.value)
 
     @property
     def off(self) -> bool:
-        """Whether it is a zero that switches something off, which need not be told of."""
+        """Whether it is a zero that switches something off, which tables leave out."""
         zero = isinstance(self.value, float) and self.value == 0.0
         return zero and self.name not in ("learning_rate", "weight_decay")
 
     @property
     def number(self) -> Any:
-        """What it always is, where the state does not show it."""
+        """Its value, if the state does not show it and so it never changes."""
         return self.value.factor * self.value.of.number if isinstance(self.value, Multiple) else self.value
 
     def __repr__(self) -> str:
@@ -182,14 +182,14 @@ Numeric: TypeAlias = float | jax.Array | np.ndarray | np.number | Schedule | Liv
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A number, or some, that is an option of a rule and no hyperparameter: axes, a number of steps, polynomials."""
+    """A number or a tuple that is an option of a rule and no hyperparameter: a number of steps, axes, polynomials."""
 
     value: int | tuple[Any, ...]
 
 
 def ranged(value: Numeric, within: Range, name: str | None = None) -> Hyperparameter:
-    """`value` with its range; `name` is what users call it where that differs from the argument."""
-    return value if isinstance(value, Hyperparameter) else Hyperparameter(value, within, name)  # pyright: ignore[reportArgumentType] (numpy scalars become floats in `named`)
+    """`value` with its range; `name` is what users call it, if that differs from the argument's name in `lift`."""
+    return value if isinstance(value, Hyperparameter) else Hyperparameter(value, within, name)
 
 
 def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
@@ -197,7 +197,7 @@ def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
 
     Args:
       value: A number, 0-d array, schedule or `live` value; a number out of range raises in `lift`.
-      name: What users call it, where that is not the argument's name in `lift`.
+      name: What users call it, if that differs from the argument's name in `lift`.
 
     Example:
       >>> import gradxform as gx
@@ -235,7 +235,7 @@ def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
 
 
 def bound(value: Numeric, name: str | None = None) -> Hyperparameter:
-    """A hyperparameter in (0, inf]: what nothing exceeds, infinity for no bound; see `fraction`."""
+    """A hyperparameter in (0, inf] that bounds something from above, infinity for no bound; see `fraction`."""
     return ranged(value, Range(0.0, math.inf, closed_low=False, closed_high=True), name)
 
 

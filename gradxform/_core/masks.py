@@ -59,7 +59,7 @@ class BooleanTree:
     leaves: tuple[bool, ...]
 
     def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
-        if not leaves:  # the placeholder of optax.tree_map_params has no structure either
+        if not leaves:  # such as the placeholder of optax.tree_map_params, which has no structure to compare
             return []
         try:
             parts = self.structure.flatten_up_to(params)
@@ -125,14 +125,14 @@ class Members:
 
 @dataclasses.dataclass(frozen=True)
 class Both:
-    """Leaves that two masks choose."""
+    """Leaves that both of two masks choose."""
 
-    one: Mask
-    other: Mask
+    first: Mask
+    second: Mask
 
     def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
-        pairs = zip(self.one(params, leaves, structure), self.other(params, leaves, structure), strict=True)
-        return [one and other for one, other in pairs]
+        pairs = zip(self.first(params, leaves, structure), self.second(params, leaves, structure), strict=True)
+        return [first and second for first, second in pairs]
 
 
 Mask: TypeAlias = Pattern | Predicate | BooleanTree | WholeTree | Members | Both
@@ -157,13 +157,13 @@ def mask_of(mask: MaskLike | None) -> Mask | None:
 
 
 def _holds_booleans(mask: Any, leaves: list[Any], structure: Any) -> bool:
-    """Whether something callable is a tree of booleans all the same, such as an Equinox module of them."""
+    """Whether a mask that can be called is nevertheless a tree of booleans, such as an Equinox module of them."""
     is_tree = bool(leaves) and not jax.tree_util.treedef_is_leaf(structure)
     return is_tree and not isinstance(mask, jax.tree_util.Partial) and all(map(_is_boolean, leaves))
 
 
 def _function_of(mask: Callable[..., Any]) -> Predicate | WholeTree:
-    """The mask that a function is, by how many arguments it takes; raises if that does not tell."""
+    """The mask that a function stands for, told by the number of its arguments; raises if that does not tell."""
     try:
         hash(mask)
     except TypeError:
@@ -194,7 +194,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _bare(parameter: inspect.Parameter) -> str:
-    """A parameter without its annotation, and with a default that is not long."""
+    """A parameter as text, without its annotation and with its default cut short."""
     plain = parameter.replace(annotation=parameter.empty, default=parameter.empty)
     return str(plain) if parameter.default is parameter.empty else f"{plain}={parameter.default!r:.20}"
 

@@ -25,7 +25,7 @@ class Scalars:
     prepared: tuple[dict[str, Any], ...] = ()
 
     def with_own(self, numbers: Mapping[str, Any]) -> Scalars:
-        """With more for the first rule: what it gathered of all leaves, or measured of one."""
+        """The same with more numbers for the first rule: gathered of all leaves, or measured of one."""
         first, *others = self.prepared
         return dataclasses.replace(self, prepared=({**first, **numbers}, *others))
 
@@ -41,16 +41,16 @@ def init(rules: tuple[Rule, ...], param: Any) -> tuple[Slots, ...]:
 def prepare(rules: tuple[Rule, ...], scalars: Scalars) -> tuple[dict[str, Any], ...]:
     """What `rules` compute once per step, one dict per rule."""
 
-    def one(rule: Rule) -> dict[str, Any]:
+    def prepared_of(rule: Rule) -> dict[str, Any]:
         branches = {name: prepare(branch, scalars) for name, branch in rule.branches}
         own = rule.prepare(step_of(rule, scalars)) if rule.prepare else {}
         return {**own, **branches}
 
-    return tuple(map(one, rules))
+    return tuple(map(prepared_of, rules))
 
 
 Keep: TypeAlias = Callable[[Rule, Array, Array], Array]
-"""``keep(rule, new, old)``: what the state holds of a new moment, in the dtype of the arithmetic."""
+"""``keep(rule, new, old)``: a new moment as the state will hold it, in the dtype of the arithmetic."""
 
 
 def run(
@@ -85,7 +85,7 @@ def run(
             if name not in branches and new is not kept.get(name):
                 rest[name] = stored(name, new)
         limit = math.inf if rule.at_most is None else getattr(step, rule.at_most)
-        # what the magnitudes of the result do not exceed, as far as it is known before the step runs
+        # a bound on the magnitudes of the result, if it is known before the step runs
         update, at_most = new_update, limit if isinstance(limit, float) else math.inf
         new_state.append({**new_slots, **rest})
     return update, tuple(new_state)
@@ -128,7 +128,7 @@ def _init_rule(rule: Rule, param: Any) -> Slots:
 
 
 def _as_state(value: Array, dtype: np.dtype[Any] | None) -> Array:
-    if dtype is None or not trainable(value.dtype):  # counters stay whole
+    if dtype is None or not trainable(value.dtype):  # counters stay integers
         return value
     if is_complex(value.dtype) and not is_complex(dtype):
         raise TypeError(f"state_dtype {dtype} would drop the imaginary part of a {value.dtype} moment; leave it out")

@@ -28,7 +28,7 @@ class Pattern:
         return chosen
 
     def unmatched(self, who: str, paths: tuple[str, ...]) -> str:
-        """What to say where it matches no path."""
+        """The message for a pattern that matches no path."""
         meant = _meant(self.expression, paths)
         remedy = f": did you mean {meant}?" if meant else ""
         return f"{who} {self!r} matches none of the paths {listed(paths)}; it must match a whole path{remedy}"
@@ -39,7 +39,7 @@ class Pattern:
 
 
 def _meant(expression: re.Pattern[str], paths: tuple[str, ...]) -> str | None:
-    """The pattern nearest to one that matches nothing, written as Python; only one that matches a path."""
+    """What a pattern that matches nothing may have meant, written as Python; a pattern that matches some path."""
     for text, written in _candidates(expression.pattern, paths):
         try:
             candidate = re.compile(text, expression.flags)
@@ -51,7 +51,7 @@ def _meant(expression: re.Pattern[str], paths: tuple[str, ...]) -> str | None:
 
 
 def _candidates(text: str, paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Patterns that a user may have meant by one, the likely ones first, and how to write them."""
+    """Patterns that a user may have meant by `text`, the likely ones first, each with the way to write it."""
     names = list(dict.fromkeys(name for path in paths for name in path.split("/")))
     near = [difflib.get_close_matches(text, texts, n=1) for texts in (paths, names)]
     parts = "/".join(re.findall(r"\w+", text)), text.partition("/")[2]
@@ -100,28 +100,31 @@ def glob(pattern: str) -> re.Pattern[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Groups of leaves by the pattern that matches their paths; what none matches is in the last group, if any may."""
+    """Groups of leaves, one for each pattern: the leaves whose paths it matches.
+
+    If there is a default, the leaves that no pattern matches are one more group, the last.
+    """
 
     who: str
-    """What the groups belong to, for messages."""
+    """The function that the groups were given to, for messages."""
     patterns: tuple[Pattern, ...]
     has_default: bool
     default: str = "default"
-    """What the group of the others is called, and the argument that gives it."""
+    """The name of the default group, and of the argument that says what it gets."""
 
     def __call__(self, structure: Any) -> tuple[int, ...]:
         """The group of each leaf; raises if a pattern matches no leaf, or a leaf has no group or two."""
         return _groups(self, structure)
 
     def matches(self, path: str) -> list[int]:
-        """The patterns that claim a path."""
+        """The patterns that match a path, as indices."""
         return [i for i, pattern in enumerate(self.patterns) if pattern.expression.fullmatch(path)]
 
     def check(self, groups: frozenset[int], leaves: list[Any], structure: Any) -> None:
-        """Raise if a leaf of these groups is not what the table says; where it says only paths, any leaf is."""
+        """Raise if a leaf of these groups is not what the table says of it; this table says nothing but paths."""
 
     def order(self) -> list[int]:
-        """The default first: what a group shares with it has its name."""
+        """The order in which groups are named: the default first, so that a stage it shares has the default's name."""
         groups = list(range(len(self.patterns)))
         return [len(groups), *groups] if self.has_default else groups
 

@@ -4,9 +4,9 @@ A rule reads its hyperparameters, options and branches from ``step``:
 
     step.number      1 at the first update, a scalar of the arithmetic's dtype
     step.decay       the current value of the argument `decay`
-    step.at_most     what no |u| of the update exceeds, a float; infinity where that is not known
+    step.at_most     a bound on |u|, a float: infinity where none is known
     step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
-    step.keep        ``mu = step.keep("mu", mu)``: what the state will hold of a new moment, to go on with
+    step.keep        ``mu = step.keep("mu", mu)``: a new moment as the state will hold it, to go on with
 
 together with whatever its own `prepare` and `gather` computed for this step.
 """
@@ -34,9 +34,9 @@ Slots: TypeAlias = dict[str, Any]
 class Step(types.SimpleNamespace):
     """What is the same for every leaf in one step: the step number, hyperparameters and prepared scalars.
 
-    A rule may pass a new moment through ``step.keep(name, value)`` before it makes the update of it. What comes back is
-    what the state will hold: rounded where the state is kept in a narrower dtype, the old one where a guard skips the
-    step. Then the moment is written once and read back; otherwise XLA keeps a copy of the old one to compute with.
+    A rule may pass a new moment through ``step.keep(name, value)`` before it makes the update of it. It gets back what
+    the state will hold: the moment rounded, if the state has a narrower dtype; the old one, if a guard skips the step.
+    So the moment is written once and read back; otherwise XLA keeps a copy of the old one to compute with.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -78,7 +78,7 @@ def pass_through(update: Array, state: Slots, param: Array | None, step: Step) -
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a rule wants to know of all leaves before it acts: numbers of each, and how those of shards make one.
+    """What a rule needs to know of all leaves before it acts: numbers of each, and how to combine those of shards.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -101,11 +101,11 @@ class Measure:
     of: Callable[[Array], Mapping[str, Array]]
     """Scalars of one array, by name."""
     across: Callable[[Mapping[str, Array], tuple[str, ...]], Mapping[str, Array]] | None = None
-    """From a mesh's shards, the numbers stacked over leaves and the axes they are sharded over, to the whole."""
+    """``across(numbers, axes)``: the numbers of whole arrays, from those of their shards over the mesh axes `axes`.
+    Numbers are stacked over leaves."""
     joint: Callable[[Sequence[Sequence[Array]], Any], Mapping[str, Array]] | None = None
-    """``joint(groups, dtype)``: of groups of arrays of one shape, as they come, the numbers of each group in a dtype,
-    stacked: then `gather` sees groups in
-    place of leaves, and no leaf its own numbers."""
+    """``joint(groups, dtype)``: the numbers of each group of arrays of one shape, in this dtype, stacked. Then `gather`
+    sees groups in place of leaves, and no leaf has numbers of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,18 +159,18 @@ class Rule:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether it holds numbers only: no array, which may be traced, no mask, and nothing of a user's."""
+        """Whether its hyperparameters are constants, not arrays, which may be traced, and no part of it has a mask."""
         return all(part.mask is None for part in self.parts) and all(h.constant for h in self.hyperparameters)
 
     @functools.cached_property
     def labels(self) -> tuple[Any, ...]:
-        """What is said of its hyperparameters: equal rules may call theirs otherwise."""
+        """Names, groups and ranges of its hyperparameters, in which equal rules may differ."""
         return tuple([(h.name, h.group, h.within) for h in self.hyperparameters])
 
     def bind(
         self, name_of: Callable[[Hyperparameter], str], keeps: Callable[[Hyperparameter], bool] = lambda h: h.constant
     ) -> Rule:
-        """The rule with the constants it `keeps` in place, and a name where a value changes: free of arrays."""
+        """The rule without arrays: the hyperparameters it `keeps` as numbers, a `Dynamic` in place of all others."""
 
         def bound(value: Any) -> Any:
             if isinstance(value, Hyperparameter):
@@ -180,7 +180,7 @@ class Rule:
         return self._mapped(lambda rule: rule.bind(name_of, keeps), bound)
 
     def select(self, acts: Callable[[Mask], bool]) -> Rule:
-        """The rule for one leaf: where a mask leaves the leaf out, nothing stands in its place, without state."""
+        """The rule for one leaf; `NOTHING`, which has no state, if a mask leaves the leaf out."""
         if self.mask is not None and not acts(self.mask):
             return NOTHING
         return dataclasses.replace(self._mapped(lambda rule: rule.select(acts)), mask=None)
@@ -198,18 +198,18 @@ class Rule:
     def shown_in(self, group: str) -> Rule:
         """The rule with the name of its group before those of its hyperparameters."""
 
-        def led(value: Any) -> Any:
+        def in_group(value: Any) -> Any:
             return dataclasses.replace(value, group=group) if isinstance(value, Hyperparameter) else value
 
-        return self._mapped(lambda rule: rule.shown_in(group), led)
+        return self._mapped(lambda rule: rule.shown_in(group), in_group)
 
     def _mapped(self, on_rule: Callable[[Rule], Rule], on_value: Callable[[Any], Any] = lambda value: value) -> Rule:
         """The rule with its branches' rules and its own other arguments replaced."""
 
-        def one(value: Any) -> Any:
+        def mapped(value: Any) -> Any:
             return Branch(tuple(map(on_rule, value.rules))) if isinstance(value, Branch) else on_value(value)
 
-        return dataclasses.replace(self, arguments=tuple((key, one(value)) for key, value in self.arguments))
+        return dataclasses.replace(self, arguments=tuple((key, mapped(value)) for key, value in self.arguments))
 
     def __repr__(self) -> str:
         defaults = inspect.signature(self.constructor).parameters if self.constructor else {}

@@ -17,10 +17,10 @@ from gradxform._core.state import unique_names
 
 
 def by_key(every: Iterable[Hyperparameter]) -> dict[str, Hyperparameter]:
-    """Those that are no Python numbers, by their keys in a state's values; equal ones of one group share a key.
+    """The hyperparameters that are no Python numbers, by their keys in a state's values; equal ones of a group as one.
 
-    A live value is kept under its name, which optax's ``tree_set`` finds; what follows a schedule under a key that
-    nobody takes for one to set. An array that was given as it is has a key, and no place in the state.
+    The key of a live value is its name, which optax's ``tree_set`` finds. What follows a schedule has a key that nobody
+    takes for a value to set. An array that was given as it is has a key too, but the state does not hold it.
     """
     distinct: dict[Any, Hyperparameter] = {}
     for h in every:  # a live value has one place, whichever groups share it
@@ -47,10 +47,10 @@ def evaluate(keyed: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
     key_of = {parameter: key for key, parameter in keyed.items()}
 
     @functools.cache
-    def one(parameter: Hyperparameter) -> Any:
+    def value_of(parameter: Hyperparameter) -> Any:
         value = parameter.value
         if isinstance(value, Multiple):
-            return value.factor * one(value.of)
+            return value.factor * value_of(value.of)
         if isinstance(value, Live):
             value = stored.get(key_of[parameter], value.value)
         elif callable(value):
@@ -59,7 +59,7 @@ def evaluate(keyed: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
             check_range(f"the schedule for {parameter.shown_as}", value, ends)
         return jnp.asarray(value, dtype=visible_dtype())
 
-    return {key: one(parameter) for key, parameter in keyed.items()}
+    return {key: value_of(parameter) for key, parameter in keyed.items()}
 
 
 def scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:
