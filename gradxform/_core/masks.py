@@ -1,8 +1,8 @@
 """Which leaves a rule acts on.
 
-A mask is a path pattern, a tree of booleans, a function ``(path, leaf) -> bool`` that is asked of each leaf, or a
-function ``(params) -> tree of booleans`` that is asked once. `mask_of` tells which; what it makes has a hash, and
-equals what it makes of an equal mask.
+A mask is a path pattern, a tree of booleans, a function ``(path, leaf) -> bool`` that is called for each leaf, or a
+function ``(params) -> tree of booleans`` that is called once. `mask_of` tells which. What it makes can be hashed, and
+is equal for equal masks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gradxform._core.patterns import Pattern, Table, compiled
 MaskLike: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | Callable[[Any], Any] | Any"
 
 FORMS = (
-    "a mask is a path pattern, a tree of booleans, a function (path, leaf) -> bool that is asked of each leaf, or a "
-    "function (params) -> tree of booleans that is asked once"
+    "a mask is a path pattern, a tree of booleans, a function (path, leaf) -> bool that is called for each leaf, or a "
+    "function (params) -> tree of booleans that is called once"
 )
 
 
@@ -89,8 +89,8 @@ class WholeTree:
             return self._checked(self.function(params), params, structure)
         except Exception as error:
             error.add_note(
-                f"{self!r} has one argument, so gradxform calls mask(params) once, with the whole tree; to be asked of "
-                "each leaf, a mask has two arguments, (path, leaf)"
+                f"{self!r} has one argument, so gradxform calls mask(params) once, with the whole tree; a mask that is "
+                "called for each leaf has two arguments, (path, leaf)"
             )
             raise
 
@@ -185,7 +185,7 @@ def _function_of(mask: Callable[..., Any]) -> Predicate | WholeTree:
     name = _name(mask)
     signature = "(…)" if parameters is None else f"({', '.join(map(_bare, parameters))})"
     raise TypeError(
-        f"mask {name}{signature} does not say by its arguments how to ask it: {FORMS}. Wrap it: lambda params: "
+        f"mask {name}{signature} does not say by its arguments how to call it: {FORMS}. Wrap it: lambda params: "
         f"{name}(params), or lambda path, leaf: {name}(path, leaf)"
     )
 

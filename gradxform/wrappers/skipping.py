@@ -224,7 +224,7 @@ class SkipSpikes(_Skip):
             found = None if (kept := getattr(state, name)) is None else np.shape(kept)
             if found != expected:
                 raise ValueError(
-                    f"state.{name} has shape {found}, here it has {expected}: it is of another window, watch or guard; "
+                    f"state.{name} has shape {found}, here {expected}: the state is of another window, watch or guard; "
                     f"{ANEW}"
                 )
 
