@@ -80,7 +80,7 @@ from gradxform._core.hyperparameters import times as times
 from gradxform._core.body import Transformation as Transformation
 from gradxform._core.lift import chain as chain
 from gradxform._core.lift import identity as identity
-from gradxform._core.masks import glob as glob
+from gradxform._core.patterns import glob as glob
 from gradxform._core.settings import get_hyperparams as get_hyperparams
 from gradxform._core.settings import metrics as metrics
 from gradxform._core.settings import set_hyperparams as set_hyperparams

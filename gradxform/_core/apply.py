@@ -19,8 +19,8 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
     Args:
       params: A tree of arrays. Leaves that are no floating-point or complex arrays stay as they are.
-      updates: A tree of the same structure and shapes, as ``update`` returns it: zeros of its own dtype for a leaf that
-        stays, or None.
+      updates: A tree of the same structure and shapes, as ``update`` returns it. A leaf that stays as it is has None or
+        zeros of its own dtype.
 
     Returns:
       The new parameters. The sum is rounded once, from at least float32.
@@ -51,11 +51,13 @@ def _adds_nothing(param: Any, update: Any) -> bool:
 def step(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
     """θ, s ← θ + u, s′ where u, s′ = tx.update(g, s, θ): a whole training step after the gradient.
 
-    The same as ``update`` and `apply_updates`, but that parameters below float32 are rounded once, after the sum; and
-    faster where ``tx`` can add while it computes: `accumulate` touches no parameter between its steps,
+    The same as ``update`` and then `apply_updates`, except that parameters below float32 are rounded once, after the
+    sum. It is faster where ``tx`` can add while it computes: `accumulate` touches no parameter between its steps, and
     `quantize_state` needs no array for the update.
-    Compile it with ``jax.jit(…, donate_argnums=…)`` of a function that takes ``params, state`` and returns them in this
-    order: JAX gives donated buffers to results first come, first served, so another order costs a copy of everything.
+
+    Compile it in a function that takes ``params, state`` and returns them in this order, with
+    ``jax.jit(…, donate_argnums=…)``: JAX gives donated buffers to results first come, first served, so another order
+    costs a copy of everything.
 
     Args:
       tx: Any transformation, ours or another ``(init, update)`` pair.

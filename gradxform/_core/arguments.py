@@ -42,19 +42,19 @@ def positive_range() -> Range:
 
 
 def is_a(value: object, *types: type) -> bool:
-    """`isinstance`, where annotations say that it must be: callers are not all checked."""
+    """`isinstance`, for arguments whose annotation says that they are: not every caller is type-checked."""
     return isinstance(value, types)
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False, and nothing that merely acts like it."""
+    """`value` as a bool, if it is one: nothing that is merely true or false in a condition."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {_describe(value)}")
     return bool(value)
 
 
 def one_of(name: str, value: object, *choices: str) -> str:
-    """One of some words."""
+    """`value`, if it is one of the words `choices`."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {_describe(value)}")
     if value not in choices:
@@ -92,11 +92,11 @@ def square_dtype(name: str, value: Any) -> np.dtype[Any] | None:
 
 
 def axes(name: str, value: Any) -> tuple[str, ...] | None:
-    """The names of mesh axes: one, several or None."""
+    """The names of mesh axes, given as one name, several or None."""
     names = (value,) if isinstance(value, str) else value
     if names is None:
         return None
-    if not isinstance(names, tuple | list) or not all(isinstance(one, str) for one in names):
+    if not isinstance(names, tuple | list) or not all(isinstance(axis, str) for axis in names):
         raise TypeError(f"{name} must be the name of a mesh axis or a sequence of names, got {value!r}")
     return tuple(names)
 

@@ -32,7 +32,7 @@ class Assigned:
     hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(default_factory=dict[str, Hyperparameter])
 
     def joined(self, inner: Assigned) -> Assigned:
-        """With what a transformation within gives the leaf."""
+        """This, together with what a transformation inside gives the leaf."""
         group = " ".join(filter(None, (self.group, inner.group)))
         return Assigned(group, self.frozen or inner.frozen, {**self.hyperparameters, **inner.hyperparameters})
 
@@ -42,7 +42,7 @@ class Body(abc.ABC):
 
     @property
     def lands(self) -> bool:
-        """Whether its updates are exact: they take low-precision parameters to chosen values, so nothing may follow."""
+        """Whether its updates take low-precision parameters exactly to chosen values, so that nothing may follow it."""
         return False
 
     @property
@@ -65,11 +65,11 @@ class Body(abc.ABC):
 
     @abc.abstractmethod
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
-        """What `call` wants, the updates or the parameters after them; the new state; and what is told besides."""
+        """Return what `call` wants, updates or the new parameters; the new state; and the report."""
 
     @abc.abstractmethod
     def frozen(self, params: Any) -> list[bool]:
-        """Whether each leaf is frozen, or a function: without state, an update or a part in any norm."""
+        """Whether each leaf is frozen or a function, and so has no state, no update and no part in any norm."""
 
     @abc.abstractmethod
     def assign(self, params: Any) -> list[Assigned]:
@@ -102,7 +102,7 @@ class Foreign(Body):
         return leaves.result(call.wants, results), new_state, {}
 
     def _seen(self, leaves: Leaves, acts: list[bool]) -> tuple[Any, Any]:
-        """Updates in the parameters' dtypes, and these, each an array; with holes in place of what is no array."""
+        """Updates in the parameters' dtypes, and the parameters, decoded; a hole for each leaf that takes no part."""
         each = leaves.leaves
         if not leaves.has_params:
             updates = [leaf.update for leaf in each]
@@ -113,7 +113,7 @@ class Foreign(Body):
         return given, seen
 
     def _result(self, leaf: Leaf, update: Any, call: Call) -> Any:
-        """What is wanted of a leaf, of an update in whichever dtype it is."""
+        """What is wanted of a leaf, made of its update, which may be of any dtype."""
         if leaf.update is None:
             return None
         if leaf.param is not None and (call.wants == "params" or isinstance(leaf.param, EncodedParam)):
@@ -137,7 +137,7 @@ class Foreign(Body):
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper(Body):
-    """A body around another one, which decides what each leaf gets."""
+    """A body around another body, which decides what each leaf gets."""
 
     tx: Body
 
@@ -180,7 +180,7 @@ class Wrapper(Body):
 
     @property
     def name(self) -> str:
-        """What users call it: the class's name as that of a function."""
+        """What users call it: the name of the class, written as a function's."""
         return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
 
     def __reduce__(self) -> Any:
@@ -258,7 +258,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
 
 def body_of(name: str, tx: Any) -> Body:
-    """The body of a transformation, ours, any ``(init, update)`` pair or object with both; messages call it `name`."""
+    """The body of a transformation: ours, an ``(init, update)`` pair or an object with both; `name` is for messages."""
     if isinstance(tx, Transformation) and tx.whole:
         return tx.body
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):

@@ -14,25 +14,24 @@ Report: TypeAlias = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One step, as every transformation within it is asked for it."""
+    """What is asked of a transformation in one step, and of every transformation inside it."""
 
     extra_args: Mapping[str, Any]
     accepted: Any = None
-    """A 0-d boolean: where it is False, parameters and state stay as they are. None where it is True in any case."""
+    """A 0-d boolean: where it is False, parameters and state stay as they are. None stands for True."""
     wants: Literal["updates", "params"] = "updates"
-    """What the step gives: what is to be added to the parameters, or the parameters after it."""
+    """What the step returns: updates, which are added to the parameters, or the new parameters."""
     measured: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
-    """What was measured of an array in this step, so that a norm several transformations want is taken once."""
-
+    """What was measured of an array in this step, so that a norm that several transformations want is taken once."""
     rescaled: dict[int, tuple[Any, Any, Any]] = dataclasses.field(default_factory=dict[int, tuple[Any, Any, Any]])
-    """Arrays that are others times a number, by their ids: the array, the other one, the number."""
+    """Arrays that are multiples of others, by their ids: the array, the other array, the factor."""
 
     def but(self, **changes: Any) -> Call:
-        """The same step, asked for otherwise."""
+        """The same step with other requests."""
         return dataclasses.replace(self, **changes)
 
     def within_branch(self) -> Call:
-        """The same step in a branch that may not run: what is measured there is not known outside."""
+        """The same step in a branch that may not run: what is measured there is not remembered outside."""
         return Call(self.extra_args, wants=self.wants)
 
     def also(self, condition: Any) -> Any:

@@ -20,7 +20,7 @@ from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast, increment, slot_names
 from gradxform._core.encoded import EncodedParam
 from gradxform._core.explain import wrong_state
-from gradxform._core.hyperparameters import Hyperparameter, by_key, evaluate, shown
+from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
 from gradxform._core.leaves import Leaves, masked, no_update
 from gradxform._core.masks import Mask
@@ -30,19 +30,20 @@ from gradxform._core.rule import Rule
 from gradxform._core.stages import Groups, Stage, TreeStage, expanded, hyperparameters_of, measures
 from gradxform._core.state import state_type, unique_names
 from gradxform._core.trees import unless
+from gradxform._core.values import by_key, evaluate, shown
 from gradxform.numerics import arithmetic as numerics
 
 _MOST_PLANS = 64
-"""How many are kept: a transformation that sees more structures than this makes some anew."""
+"""How many plans are kept: a transformation that sees more structures than this makes plans anew."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Body):
-    """Stages, and everything derived from them once: names, segments, the class of the state."""
+    """Stages, and everything that is derived from them once: names, passes, the class of the state."""
 
     stages: tuple[Stage, ...]
     flat: list[Rule | TreeStage] = dataclasses.field(init=False, compare=False, repr=False)
-    """The stages, groups resolved: once, for a selection knows some of them by their identity."""
+    """The stages with groups resolved. They are made once, for a `Selection` knows tree stages by their ids."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flat", expanded(self.stages))
@@ -72,7 +73,7 @@ class Chain(Body):
         rules = [rule for stage in self.flat if isinstance(stage, Rule) for rule in stage.parts]
         bodies = [stage.body for stage in self.flat if isinstance(stage, TreeStage)]
         masked = any(stage.mask for stage in (*rules, *self.flat))
-        return masked or any(one.needs_params for one in (*rules, *bodies))
+        return masked or any(part.needs_params for part in (*rules, *bodies))
 
     @property
     def measures(self) -> bool:
@@ -80,12 +81,12 @@ class Chain(Body):
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
-        """Those that are no Python numbers, by their keys in the state's values."""
+        """The hyperparameters that are no Python numbers, by their keys in the state's values."""
         return by_key(h for stage in self.stages for h in hyperparameters_of(stage))
 
     @property
     def constants(self) -> list[Hyperparameter]:
-        """Those that the state does not show, but for zeros that switch something off; equal ones of one name once."""
+        """Those that the state does not show, without zeros that switch something off; equal ones of one name once."""
         every = [h for stage in self.stages for h in hyperparameters_of(stage) if not h.visible and not h.off]
         return list({(h.shown_as, h): h for h in every}.values())
 
@@ -134,7 +135,7 @@ class Chain(Body):
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
-        """The state's fields for moments, what is remembered of all leaves, and foreign states."""
+        """The state's fields for moments, for what is remembered of all leaves, and for the states of tree stages."""
         of_rules = [each for each in self.passes if isinstance(each, RulePass)]
         moments = sorted(name for each in of_rules for name in each.fields)
         memory = [name for each in of_rules for name in each.memory]
@@ -150,7 +151,7 @@ class Chain(Body):
 
     @functools.cached_property
     def _plans(self) -> dict[Any, Plan]:
-        """Those made so far."""
+        """The plans made so far."""
         return {}
 
     def plan(self, tree: Any, given: bool = True, eager: bool = False) -> Plan:
@@ -189,7 +190,7 @@ class Chain(Body):
         for each, own in zip(self.passes, plan.passes, strict=True):
             fields |= each.initial(own, params, leaves, structure)
         count = jnp.zeros((), jnp.int32)
-        # arrays of their own: a step that donates its state may neither delete a user's nor be given one twice
+        # copies: a step that donates its state must not delete a user's array, nor be given one twice
         visible = jax.tree.map(jnp.array, self._visible(self._values(count, {})))
         return self.state_type(count=count, **visible, **fields)
 
@@ -222,7 +223,7 @@ class Chain(Body):
         return result, self.state_type(**visible, **fields), dict(zip(self.reports, told, strict=True))
 
     def _results(self, leaves: Leaves, plan: Plan, call: Call) -> list[Any]:
-        """What became of each leaf; those on which nothing acts get here what is wanted of all."""
+        """The result of each leaf; here a leaf on which nothing acts, and so no pass, gets what is wanted of all."""
         results = [leaf.update for leaf in leaves.leaves]
         for index in plan.untouched:
             leaf = leaves.leaves[index]
@@ -250,7 +251,7 @@ class Chain(Body):
         return evaluate(self.hyperparameters, stored, count)
 
     def _visible(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The field of the state that shows them, if it has one."""
+        """The field of the state that shows hyperparameters, if it has one."""
         visible = {key: values[key] for key, h in self.hyperparameters.items() if h.visible}
         return {"values": visible} if visible else {}
 
@@ -299,26 +300,26 @@ class Chain(Body):
         frozen, sees = selection.all_frozen, selection.seen_by(self.flat)
         tables = [stage.table for stage in self.stages if isinstance(stage, Groups)]
         labels = zip(*([table.label(group) for group in table(structure)] for table in tables), strict=True)
-        groups = [" ".join(some) for some in labels] if tables else [""] * len(leaves)
+        groups = [" ".join(of_leaf) for of_leaf in labels] if tables else [""] * len(leaves)
         assigned = [Assigned(group, rests, {}) for group, rests in zip(groups, frozen, strict=True)]
         for stage in self.flat:
             if isinstance(stage, TreeStage):
                 acts = sees[id(stage)]
                 inner = iter(stage.body.assign(masked(acts, params, leaves, structure)))
-                assigned = [one.joined(next(inner)) if act else one for one, act in zip(assigned, acts, strict=True)]
+                assigned = [leaf.joined(next(inner)) if act else leaf for leaf, act in zip(assigned, acts, strict=True)]
                 continue
             for rule in stage.parts:
                 own = {str(h.name): h for _, h in rule.arguments if isinstance(h, Hyperparameter)}
                 acts = selection.acting(stage.mask, rule.mask)
                 assigned = [
-                    one.joined(Assigned(hyperparameters=own)) if act else one
-                    for one, act in zip(assigned, acts, strict=True)
+                    leaf.joined(Assigned(hyperparameters=own)) if act else leaf
+                    for leaf, act in zip(assigned, acts, strict=True)
                 ]
         return assigned
 
 
 def chain_of(stages: tuple[Stage, ...]) -> Chain:
-    """The chain of these stages: for equal ones the same, so that what is derived from them is derived once."""
+    """The chain of these stages: the same for equal stages, so that what is derived from them is derived once."""
     rules = [stage for stage in stages if isinstance(stage, Rule) and stage.is_plain]
     if len(rules) < len(stages):
         return Chain(stages)

@@ -1,4 +1,4 @@
-"""Names of JAX that have moved, or may: where they stand now. No other file says them."""
+"""Names of JAX that have moved or may move, from where they are now. Other files take them from here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer as Tracer  # others of jax.core have gone
+from jax.core import Tracer as Tracer  # other names of jax.core have been removed
 from jax.sharding import AxisType as AxisType
 from jax.sharding import auto_axes as auto_axes  # from jax.experimental.shard
 from jax.sharding import reshard as reshard  # from jax.experimental.shard
@@ -18,6 +18,6 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def canonical_dtype(dtype: Any) -> np.dtype[Any]:
-    """The dtype that JAX gives an array of this one: 32 bits for 64 without x64; those of keys are their own."""
+    """The dtype that an array of this dtype has in JAX: 32 bits in place of 64 without x64; dtypes of keys stay."""
     canonical: Any = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
     return canonical

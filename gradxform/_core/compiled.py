@@ -1,4 +1,4 @@
-"""What runs compiled: made once per rules, by value, and traced once per shape and dtype."""
+"""The functions that run compiled: made once for equal rules, and traced once per shape and dtype."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from gradxform._core import rule as one_array
-from gradxform._core import trees
+from gradxform._core import one_array, trees
 from gradxform._core.arguments import visible_dtype
 from gradxform._core.call import Report
 from gradxform._core.encoded import EncodedParam, Form
 from gradxform._core.meshes import partitioned
-from gradxform._core.rule import Measure, Rule, Scalars
+from gradxform._core.one_array import Scalars
+from gradxform._core.rule import Measure, Rule
 from gradxform.numerics import arithmetic as numerics
 from gradxform.numerics import rounding
 
@@ -28,11 +28,11 @@ class Ending(NamedTuple):
     """What a pass makes of the update of a leaf: fixed when it is compiled."""
 
     gives: Literal["wide", "update", "param"]
-    """The update in the dtype of the arithmetic, in the parameter's, or the parameter after it."""
+    """The update in the dtype of the arithmetic, the update in the parameter's dtype, or the new parameter."""
     final: np.dtype[Any]
     """The dtype of the parameter."""
     form: Form | None = None
-    """How the parameter is kept, where that is not as itself."""
+    """The form in which the parameter is kept; None if it is kept as itself."""
 
     def value(self, param: Any, dtype: Any) -> Any:
         """The parameter in the dtype of the arithmetic; None if there is none."""
@@ -52,7 +52,7 @@ class Ending(NamedTuple):
 
 
 def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step(ending, dtype, scalars, own, update, slots, param, …)``, compiled; its results lie where these do."""
+    """``step(ending, dtype, scalars, own, update, slots, param, …)``, compiled; results are divided as these are."""
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     @functools.wraps(step)
@@ -126,7 +126,7 @@ def moved(dtype: Any, param: Any, update: Any, accepted: Any) -> Any:
     """The parameter after an update, outside a pass."""
     if isinstance(param, EncodedParam):
         return param.moved(update, accepted)
-    # compiled by itself where nothing around it is: a call more to trace is more than what it does
+    # compiled by itself only outside jit: inside, to trace one more call takes longer than to trace what it does
     return (_moved_alone if trees.concrete(update) else _moved)(dtype, param, update, accepted)
 
 
@@ -137,13 +137,16 @@ class _Keeper:
         self._seed, self._accepted = seed, accepted
         self._number = itertools.count()
         self.narrow: dict[int, tuple[jax.Array, jax.Array]] = {}
-        """What was rounded, by the id of what stands for it in the arithmetic, which is kept beside."""
+        """The rounded moment by the id of the wide one that the arithmetic goes on with, which is held for its id."""
 
     def __call__(self, rule: Rule, new: jax.Array, old: jax.Array) -> jax.Array:
-        """Below float32 rounded stochastically, for to nearest small changes are lost; the old where none is taken."""
+        """The new moment as the state holds it, or the old one where the step is not accepted.
+
+        Below float32 it is rounded stochastically, for rounding to nearest loses small changes.
+        """
         index, dtype = next(self._number), rule.state_dtype
         if _narrow(dtype) and jnp.issubdtype(new.dtype, jnp.inexact):
-            # the same seed for every leaf: a number of its own would make every leaf a kernel of its own to compile
+            # the same seed for every leaf (X7)
             narrow = rounding.rounded_at_random(new, dtype, rounding.seed_for(self._seed, index))
             if self._accepted is not None:
                 narrow = jnp.where(self._accepted, narrow, old.astype(dtype))
@@ -231,12 +234,12 @@ def increment(count: jax.Array) -> jax.Array:
 def stacked(numbers: list[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
     """The numbers of all leaves, each stacked into an array."""
     with jax.numpy_dtype_promotion("standard"):
-        return {key: jnp.stack([one[key] for one in numbers]) for key in numbers[0]}
+        return {key: jnp.stack([of_leaf[key] for of_leaf in numbers]) for key in numbers[0]}
 
 
 @jax.jit
 def rescaled(numbers: Mapping[str, jax.Array], factor: jax.Array) -> dict[str, jax.Array]:
-    """Norms of arrays times a number, from those of the arrays."""
+    """The norms of arrays times a factor, from the norms of the arrays."""
     with jax.numpy_dtype_promotion("standard"):
         return {name: (value * jnp.abs(factor)).astype(value.dtype) for name, value in numbers.items()}
 
@@ -255,7 +258,7 @@ def _slot_structure(rules: tuple[Rule, ...]) -> Any:
 
 def slot_avals(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[trees.Aval]:
     """Shape and dtype of the arrays that `rules` keep for a leaf."""
-    return _slot_avals(rules, shape, dtype, visible_dtype())  # which x64 changes, as it may what a rule's init makes
+    return _slot_avals(rules, shape, dtype, visible_dtype())  # x64 may change what a rule's init makes
 
 
 @functools.lru_cache(maxsize=65536)
@@ -281,13 +284,13 @@ def _slot_paths(rules: tuple[Rule, ...]) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def owned_slots(rules: tuple[Rule, ...], variant: tuple[Rule, ...]) -> dict[int, int]:
-    """Where the arrays of `variant`, what a leaf gets of `rules`, stand among theirs: place there to place here."""
+    """Where the arrays of `variant`, a leaf's part of `rules`, stand: their places among all, and among its own."""
     own = _slot_paths(variant)
     return {place: own.index(path) for place, path in enumerate(_slot_paths(rules)) if path in own}
 
 
 def _widened(slot: Any, dtype: np.dtype[Any]) -> jax.Array:
-    """A moment at the leaf's arithmetic precision; real moments of complex leaves stay real, counters whole."""
+    """A moment in the leaf's arithmetic precision; real moments of complex leaves stay real, counters integers."""
     own = trees.dtype_of(slot)
     if not trees.trainable(own):
         return slot

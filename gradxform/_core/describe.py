@@ -37,7 +37,7 @@ class LeafDescription:
 
     @property
     def bytes(self) -> int:
-        """What the leaf itself takes."""
+        """The bytes of the leaf itself."""
         return self.size * self.dtype.itemsize
 
 
@@ -56,12 +56,12 @@ class Description:
 
     @property
     def state_bytes(self) -> int:
-        """All of the state."""
+        """The bytes of the whole state."""
         return self.shared_bytes + sum(leaf.state_bytes for leaf in self.leaves)
 
     @property
     def state_bytes_per_parameter(self) -> float:
-        """The state of the leaves by the number of their elements."""
+        """The bytes of the leaves' state, divided by the number of their elements."""
         return sum(leaf.state_bytes for leaf in self.leaves) / max(1, self.size)
 
     def __rich__(self) -> Any:
@@ -74,8 +74,8 @@ class Description:
         sections: dict[str, list[LeafDescription]] = {}
         for leaf in self.leaves:
             sections.setdefault(_title(leaf, usual), []).append(leaf)
-        rows = {title: _folded(sections[title]) for title in sorted(sections, key=bool)}  # what has none comes first
-        folded = any(len(some) > 1 for section in rows.values() for _, some in section)
+        rows = {title: _folded(sections[title]) for title in sorted(sections, key=bool)}  # those without a title first
+        folded = any(len(leaves) > 1 for section in rows.values() for _, leaves in section)
         mixed = len(self._dtypes) > 1
         table = Table(box=SIMPLE_HEAD, show_edge=False)
         table.add_column("path", overflow="fold")
@@ -91,15 +91,15 @@ class Description:
             if title:
                 table.add_section()
                 add(title, sections[title], "", "", "bold")
-            for path, some in section:
-                shape = "×".join(map(str, some[0].shape)) or "scalar"
-                add("  " * bool(title) + (path or "(the only leaf)"), some, shape, str(some[0].dtype))
+            for path, leaves in section:
+                shape = "×".join(map(str, leaves[0].shape)) or "scalar"
+                add("  " * bool(title) + (path or "(the only leaf)"), leaves, shape, str(leaves[0].dtype))
         unless = ", unless said above" if len(sections) > 1 else ""
         lines = [f"hyperparameters{unless}: {_joined(usual)}"] if usual else []
         return Group(table, "", *map(Text, [*lines, self._totals()]))
 
     def _usual(self) -> Mapping[str, Hyperparameter]:
-        """The hyperparameters of the default, or where there are no groups, of most parameters."""
+        """The hyperparameters of the default group, or of most parameters if there are no groups."""
         sizes: collections.Counter[tuple[tuple[str, Hyperparameter], ...]] = collections.Counter()
         for leaf in self.leaves:
             if not leaf.frozen and leaf.group in ("", "default"):
@@ -135,12 +135,12 @@ def describe(tx: optax.GradientTransformation, params: Any, *, show: bool = True
     Nothing is allocated: shapes are enough.
 
     Args:
-      tx: Any transformation, ours or foreign.
+      tx: Any transformation, ours or another library's.
       params: A tree of arrays or `jax.ShapeDtypeStruct`.
       show: Whether to print the table.
 
     Returns:
-      The same, for programs: ``leaves`` with ``state_bytes`` each, ``shared_bytes``, ``state_bytes_per_parameter``.
+      The same as data: ``leaves`` with ``state_bytes`` each, ``shared_bytes``, ``state_bytes_per_parameter``.
 
     Raises:
       TypeError, ValueError: what ``tx.init(params)`` raises.
@@ -167,8 +167,8 @@ def describe(tx: optax.GradientTransformation, params: Any, *, show: bool = True
     assigned = body.assign(shapes)
     description = Description(
         tuple(
-            _leaf(path, leaf, one, size)
-            for path, leaf, one, size, (_, dtype) in zip(
+            _leaf(path, leaf, own, size)
+            for path, leaf, own, size, (_, dtype) in zip(
                 trees.paths(structure), jax.tree.leaves(shapes), assigned, per_leaf, avals, strict=True
             )
             if dtype is not None
@@ -201,7 +201,7 @@ def _folded(leaves: Sequence[LeafDescription]) -> list[tuple[str, list[LeafDescr
 
 
 def _title(leaf: LeafDescription, usual: Mapping[str, Hyperparameter]) -> str:
-    """What a leaf has that is not usual: its group, being frozen, other hyperparameters."""
+    """How a leaf differs from the usual: its group, that it is frozen, or its hyperparameters."""
     own = leaf.hyperparameters
     if leaf.frozen:
         text = "frozen"
@@ -215,13 +215,13 @@ def _title(leaf: LeafDescription, usual: Mapping[str, Hyperparameter]) -> str:
 
 
 def _joined(hyperparameters: Mapping[str, Hyperparameter]) -> str:
-    """As one writes arguments; those that are zero by default and off are left out."""
+    """Hyperparameters written as arguments, without zeros that switch something off."""
     return ", ".join(f"{name}={value!r}" for name, value in hyperparameters.items() if not value.off)
 
 
-def _bytes(number: int) -> str:
+def _bytes(number: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
             break
-        number = number / 1000  # pyright: ignore[reportAssignmentType] (a float from here on)
+        number /= 1000
     return f"{number:.4g} {unit}"

@@ -12,7 +12,7 @@ def difference(name: str, tree: Any, other_name: str, other: Any, *, prefix: boo
 
     Args:
       name, other_name: What messages call the two.
-      tree, other: What their leaves hold does not count.
+      tree, other: The trees; the values of their leaves do not count.
       prefix: Whether a leaf of `tree` may stand for a whole part of `other`.
     """
     leaf, other_leaf = _is_leaf(tree), _is_leaf(other)
@@ -29,7 +29,7 @@ def difference(name: str, tree: Any, other_name: str, other: Any, *, prefix: boo
     if found := next(filter(None, within), None):
         return found
     alike = prefix or jax.tree.structure(tree) == jax.tree.structure(other)
-    return None if alike else f"{name} and {other_name} differ in what is no leaf of a {type(tree).__name__}"
+    return None if alike else f"{name} and {other_name} differ in what a {type(tree).__name__} holds besides its leaves"
 
 
 def _is_leaf(tree: Any) -> bool:
@@ -37,7 +37,7 @@ def _is_leaf(tree: Any) -> bool:
 
 
 def _parts(tree: Any) -> dict[str, Any]:
-    """What a node holds, by how Python reaches it."""
+    """The children of a node, by the way Python reaches them, such as ``['kernel']``."""
     parts, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)
     return {jax.tree_util.keystr(keys): part for keys, part in parts}
 

@@ -1,8 +1,8 @@
-"""Arrays that are kept as others: moments as codes, parameters with what they lack. A step decodes them in its kernels.
+"""Arrays in another form: moments as codes, parameters with what rounding took. A step decodes them in its kernels.
 
 An encoded array is a leaf of JAX's trees. It stands in a state or among parameters where the array would, and goes
 through transformations untouched, until a rule's compiled call takes it apart. So a pair of wrappers costs no more
-memory than the dearer one.
+memory than the one of them that needs more.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from gradxform.numerics import arithmetic as numerics
 
 
 class Encoded(abc.ABC):
-    """An array that is kept as others."""
+    """An array that is kept as other arrays."""
 
     @abc.abstractmethod
     def arrays(self) -> Any:
-        """What it is kept as."""
+        """The arrays that it is kept as."""
 
     @abc.abstractmethod
     def renewed(self, arrays: Any) -> Encoded:
-        """The same kept as other arrays of these shapes."""
+        """The same, kept as new arrays of the same shapes."""
 
 
 class EncodedMoment(Encoded):
@@ -38,11 +38,11 @@ class EncodedMoment(Encoded):
     @staticmethod
     @abc.abstractmethod
     def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
-        """`compiled.on_leaf` for a leaf some of whose moments are encoded like this one."""
+        """`compiled.on_leaf` for a leaf with moments that are encoded like this one."""
 
 
 class Form(abc.ABC):
-    """How a float32 value is kept as a narrower parameter and what that lacks: mathematics on one array; hashable."""
+    """A way to keep a float32 value as a narrower parameter and what that lacks: mathematics on one array; hashable."""
 
     @abc.abstractmethod
     def read(self, arrays: Any) -> Array:
@@ -50,7 +50,7 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def write(self, value: Array, update: Array, arrays: Any, accepted: Any) -> Any:
-        """What the value plus an update is kept as; as it is where `accepted`, None or a 0-d boolean, is False."""
+        """The arrays that value + update is kept as; unchanged where `accepted`, None or a 0-d boolean, is False."""
 
 
 _FLOAT32 = np.dtype(np.float32)
@@ -58,17 +58,17 @@ _FLOAT32 = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedParam(Encoded):
-    """A parameter that stands for a float32 value; a step gives it back with the new value, whatever is wanted."""
+    """A parameter for a float32 value; a step returns it with the new value, also where updates are wanted."""
 
     form: Form
     kept: Any
-    """What it is kept as; the first array is the parameter itself."""
+    """The arrays that it is kept as; the first is the parameter itself."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any] = _FLOAT32
 
     @property
     def aval(self) -> jax.ShapeDtypeStruct:
-        """What `trees.avals` asks every leaf for."""
+        """Shape and dtype, which `trees.avals` asks of every leaf."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
     @property

@@ -1,4 +1,4 @@
-"""What may be behind an argument that does not fit: sentences for messages, told from what was passed."""
+"""Why an argument may not fit, told from what was passed: sentences for messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_order(call: str, **trees: Any) -> None:
 
 
 def wrong_state(who: str, state: Any, expected: str, fields: Sequence[str]) -> str:
-    """Why `state` is none of `who`, whose states are `expected`, and what to do."""
+    """Why `state` is not one of `who`, whose states are `expected`, and what to do."""
     return f"state is {_what(state)}, {who}'s is {expected}; {_remedy(state, fields)}"
 
 
@@ -54,7 +54,7 @@ def _remedy(state: Any, fields: Sequence[str]) -> str:
 
 
 def no_transformation(name: str, value: Any) -> str:
-    """Why `value`, which messages call `name`, is no transformation, and what to do."""
+    """Why `value` is no transformation, and what to do; `name` is what messages call it."""
     hint = ""
     if isinstance(value, list | tuple) and any(isinstance(part, optax.GradientTransformation) for part in value):
         hint = "; unpack it with *, as in chain(*transformations)"
@@ -68,13 +68,13 @@ def no_transformation(name: str, value: Any) -> str:
 
 
 def pair_of(value: Any) -> optax.GradientTransformation | None:
-    """The ``(init, update)`` pair of what has both as methods, such as `optax.MultiSteps`; None for anything else."""
-    init, update = getattr(value, "init", None), getattr(value, "update", None)
-    if isinstance(value, type) or not (callable(init) and callable(update)):
+    """The ``(init, update)`` pair of an object with both as methods, such as `optax.MultiSteps`; None for any other."""
+    pair: list[Any] = [getattr(value, "init", None), getattr(value, "update", None)]
+    if isinstance(value, type) or not all(map(callable, pair)):
         return None
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(update).parameters.values())
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(pair[1]).parameters.values())
     made = optax.GradientTransformationExtraArgs if takes_more else optax.GradientTransformation
-    return made(init, update)  # pyright: ignore[reportArgumentType] (their types are the caller's)
+    return made(*pair)
 
 
 def _what(tree: Any) -> str:
@@ -90,7 +90,7 @@ def _library(tree: Any) -> str:
 
 
 def _optax_names(state: Any) -> list[str]:
-    """The names of optax's states in a state, but for empty ones if there are others."""
+    """The names of optax's states in a state; `EmptyState` only if there is no other."""
     if type(state) in (tuple, list):
         names = list(dict.fromkeys(name for part in state for name in _optax_names(part)))
         return [name for name in names if name != "EmptyState"] or names

@@ -10,11 +10,11 @@ _NUMBER = re.compile(r"(\d+)")
 
 
 def folded(paths: Sequence[str], features: Sequence[Hashable] | None = None) -> list[tuple[str, list[int]]]:
-    """Paths that only numbers tell apart as one, and the places of those it stands for.
+    """Rows of paths that differ only in their numbers: the text of a row, and the places of its paths.
 
     Args:
       paths: All different.
-      features: What paths must have in common besides, one for each.
+      features: What else must be equal in a row: one feature per path.
     """
     alike: dict[Hashable, list[int]] = {}
     for place, path in enumerate(paths):
@@ -30,7 +30,7 @@ def folded(paths: Sequence[str], features: Sequence[Hashable] | None = None) -> 
 
 
 def listed(paths: Sequence[str]) -> str:
-    """Paths for a message, folded, and not more than a few."""
+    """Paths for a message: folded, and cut after a few."""
     rows = [text or "''" for text, _ in folded(paths)]
     shown = [row for i, row in enumerate(rows[:6]) if len("".join(rows[:i])) < 120]
     return ", ".join(shown) if len(shown) == len(rows) else f"{', '.join(shown)}, … ({len(paths)} paths)"

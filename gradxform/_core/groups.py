@@ -12,7 +12,8 @@ from gradxform._core.arguments import flag, is_a
 from gradxform._core.body import Transformation
 from gradxform._core.chain import chain_of
 from gradxform._core.lift import stages_of
-from gradxform._core.masks import MaskLike, mask_of, table_of
+from gradxform._core.masks import MaskLike, mask_of
+from gradxform._core.patterns import table_of
 from gradxform._core.rule import Array, Rule, Slots, Step, no_slots
 from gradxform._core.stages import Group, Groups, Stage, TreeStage
 from gradxform.numerics.arithmetic import no_update
@@ -38,9 +39,9 @@ def by_path(
         - `freeze`.
 
         A pattern is a regular expression for the whole path, a string or compiled; `glob` makes one of wildcards.
-      default: What the leaves get that no pattern matches; None if there must be none.
-      joint_norm: Whether groups that clip by a norm over all leaves share one norm; False for one per group. The
-        norms of other libraries' transformations are always their group's own.
+      default: The transformation of the leaves that no pattern matches; None if there must be no such leaf.
+      joint_norm: Whether groups that clip by a norm over all leaves share one norm; False for a norm per group.
+        Transformations of other libraries always take the norm of their own group.
 
     Returns:
       A transformation with one state; hyperparameters of a group show as ``<pattern>/learning_rate``.
@@ -112,13 +113,13 @@ def _stay(update: Array, state: Slots, param: Array | None, step: Step) -> tuple
 
 
 def own_group(name: str, value: Any) -> Group:
-    """A transformation of its own for the group; what it shows is led by the group's name."""
+    """A group with a transformation of its own, whose hyperparameters show with the group's name before theirs."""
     stages = _stages(f"the group {name!r}", value)
     return Group(tuple(stage.shown_in(name) if isinstance(stage, Rule) else stage for stage in stages), value)
 
 
 def _overridden(name: str, changes: Mapping[str, Any], base: tuple[Stage, ...], default: Any) -> Group:
-    """The default with other hyperparameters."""
+    """A group that has the default with other hyperparameters."""
     if default is None:
         raise ValueError(f"the group {name!r} overrides hyperparameters of the default: give default=")
     rules = [stage for stage in base if isinstance(stage, Rule)]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gradxform._core.arguments import FINITE, Range, check_range, number, positive_range, visible_dtype
-from gradxform._core.shown import Shown, numbered
-from gradxform._core.state import unique_names
+from gradxform._core.arguments import FINITE, Range, check_range, number, positive_range
 
 Schedule: TypeAlias = Callable[[Any], Any]
 
@@ -33,8 +29,8 @@ def live(value: float | jax.Array) -> Live:
     """Mark a hyperparameter as settable in the state: no recompilation, and vmappable.
 
     The number moves into the state, where every step reads it, ``state.hyperparams`` shows it and `set_hyperparams`
-    replaces it. So it is saved with the state: a state that is restored goes on with the checkpoint's number, whatever
-    number the optimizer is built with then; set it to have another one.
+    replaces it. So it is saved with the state: a restored state goes on with the checkpoint's number, whatever number
+    the optimizer is built with; to change it, call `set_hyperparams`.
 
     Args:
       value: The first value, a number or a 0-d array.
@@ -57,7 +53,7 @@ def live(value: float | jax.Array) -> Live:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """A multiple of what a hyperparameter is elsewhere; made by `times`."""
+    """A multiple of the default's hyperparameter; made by `times`."""
 
     factor: float
 
@@ -104,12 +100,12 @@ class Hyperparameter:
     optimizer rebuilt from the same numbers is the same optimizer.
     """
 
-    value: float | jax.Array | Schedule | Live | Multiple = dataclasses.field(compare=False)
+    value: float | jax.Array | np.ndarray | np.number | Schedule | Live | Multiple = dataclasses.field(compare=False)
     within: Range = dataclasses.field(default=FINITE, compare=False)
     name: str | None = dataclasses.field(default=None, compare=False)
     group: str | None = dataclasses.field(default=None, compare=False)
     key: tuple[Any, ...] = dataclasses.field(init=False)
-    """What equal ones share: made once, for rules are looked up by it in every trace."""
+    """What is compared and hashed. It is made once, for every trace looks rules up by it."""
 
     def __post_init__(self) -> None:
         value = self.value
@@ -131,7 +127,7 @@ class Hyperparameter:
         return Hyperparameter(value, self.within, name, self.group)
 
     def replaced(self, value: Any, group: str) -> Hyperparameter:
-        """What `group` has in place of this value: another one, or a multiple of it."""
+        """What `group` has in place of this: a hyperparameter of another value, or a multiple of this one."""
         if not isinstance(value, Times):
             return Hyperparameter(value, self.within, self.name, group).named(str(self.name))
         if isinstance(self.value, float):
@@ -152,7 +148,7 @@ class Hyperparameter:
 
     @property
     def scales(self) -> bool:
-        """Whether it is a constant of any size, such as a learning rate: for another no kernel need be made anew."""
+        """Whether it is a constant that kernels may get as an argument: not 0, and unbounded, as a learning rate is."""
         return isinstance(self.value, float) and self.value != 0.0 and self.within.high == math.inf
 
     @property
@@ -161,20 +157,20 @@ class Hyperparameter:
 
     @property
     def visible(self) -> bool:
-        """Whether the state shows it: if it changes from step to step, or can be set."""
+        """Whether the state shows it: because it changes from step to step, or can be set."""
         if isinstance(self.value, Multiple):
             return self.value.of.visible
         return self.live or callable(self.value)
 
     @property
     def off(self) -> bool:
-        """Whether it is a zero that switches something off, which need not be told of."""
+        """Whether it is a zero that switches something off, which tables leave out."""
         zero = isinstance(self.value, float) and self.value == 0.0
         return zero and self.name not in ("learning_rate", "weight_decay")
 
     @property
     def number(self) -> Any:
-        """What it always is, where the state does not show it."""
+        """Its value, if the state does not show it and so it never changes."""
         return self.value.factor * self.value.of.number if isinstance(self.value, Multiple) else self.value
 
     def __repr__(self) -> str:
@@ -186,14 +182,14 @@ Numeric: TypeAlias = float | jax.Array | np.ndarray | np.number | Schedule | Liv
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A number, or some, that is an option of a rule and no hyperparameter: axes, a number of steps, polynomials."""
+    """A number or a tuple that is an option of a rule and no hyperparameter: a number of steps, axes, polynomials."""
 
     value: int | tuple[Any, ...]
 
 
 def ranged(value: Numeric, within: Range, name: str | None = None) -> Hyperparameter:
-    """`value` with its range; `name` is what users call it where that differs from the argument."""
-    return value if isinstance(value, Hyperparameter) else Hyperparameter(value, within, name)  # pyright: ignore[reportArgumentType] (numpy scalars become floats in `named`)
+    """`value` with its range; `name` is what users call it, if that differs from the argument's name in `lift`."""
+    return value if isinstance(value, Hyperparameter) else Hyperparameter(value, within, name)
 
 
 def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
@@ -201,7 +197,7 @@ def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
 
     Args:
       value: A number, 0-d array, schedule or `live` value; a number out of range raises in `lift`.
-      name: What users call it, where that is not the argument's name in `lift`.
+      name: What users call it, if that differs from the argument's name in `lift`.
 
     Example:
       >>> import gradxform as gx
@@ -239,64 +235,8 @@ def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
 
 
 def bound(value: Numeric, name: str | None = None) -> Hyperparameter:
-    """A hyperparameter in (0, inf]: what nothing exceeds, infinity for no bound; see `fraction`."""
+    """A hyperparameter in (0, inf] that bounds something from above, infinity for no bound; see `fraction`."""
     return ranged(value, Range(0.0, math.inf, closed_low=False, closed_high=True), name)
-
-
-def by_key(every: Iterable[Hyperparameter]) -> dict[str, Hyperparameter]:
-    """Those that are no Python numbers, by their keys in a state's values; equal ones of one group share a key.
-
-    A live value is kept under its name, which optax's ``tree_set`` finds; what follows a schedule under a key that
-    nobody takes for one to set. An array that was given as it is has a key, and no place in the state.
-    """
-    distinct: dict[Any, Hyperparameter] = {}
-    for h in every:  # a live value has one place, whichever groups share it
-        if not h.constant:
-            distinct.setdefault((h, None if h.live else h.group), h)
-    visible = [h for h in distinct.values() if h.visible]
-    names = numbered([h.shown_as for h in visible])
-    keys = [name if h.live else f"scheduled/{name}" for name, h in zip(names, visible, strict=True)]
-    arrays = [h for h in distinct.values() if not h.visible]
-    keys = unique_names([*keys, *(h.shown_as for h in arrays)])  # a group may be called scheduled
-    return dict(zip(keys, [*visible, *arrays], strict=True))
-
-
-def shown(keyed: Mapping[str, Hyperparameter]) -> tuple[Shown, ...]:
-    """What a state shows of the hyperparameters of `by_key`."""
-    visible = {key: h for key, h in keyed.items() if h.visible}
-    bare = [h.shown_as for h in visible.values()]
-    within = [h.within if h.live else None for h in visible.values()]
-    return tuple(map(Shown, visible, numbered(bare), bare, within))
-
-
-def evaluate(keyed: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array], count: Any) -> dict[str, Any]:
-    """This step's values by key, 0-d arrays of at least float32."""
-    key_of = {parameter: key for key, parameter in keyed.items()}
-
-    @functools.cache
-    def one(parameter: Hyperparameter) -> Any:
-        value = parameter.value
-        if isinstance(value, Multiple):
-            return value.factor * one(value.of)
-        if isinstance(value, Live):
-            value = stored.get(key_of[parameter], value.value)
-        elif callable(value):
-            value = scheduled(f"the schedule for {parameter.shown_as}", value, count)
-            ends = Range(-math.inf, math.inf, closed_low=False, closed_high=parameter.within.closed_high)
-            check_range(f"the schedule for {parameter.shown_as}", value, ends)
-        return jnp.asarray(value, dtype=visible_dtype())
-
-    return {key: one(parameter) for key, parameter in keyed.items()}
-
-
-def scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:
-    """The value of a schedule, checked; `name` is what messages call it."""
-    try:
-        with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix the count with floats
-            value = schedule(count)
-    except TypeError as error:
-        raise TypeError(f"{name} failed at schedule(step): {error}") from error
-    return number(name, value)
 
 
 def _show(value: Any) -> str:

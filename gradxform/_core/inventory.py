@@ -1,7 +1,7 @@
 """Every array of a state: where it stands, which leaf it is for, and what it holds. Known before anything is allocated.
 
-What reads states takes it from here: bytes in `describe`, moments to code in `quantize_state`. Nothing is guessed from
-shapes.
+Whatever reads states looks here: `describe` for bytes, `quantize_state` for the moments to encode. Nothing is guessed
+from shapes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class StateArray(NamedTuple):
 
 
 def state_shapes(init: Any, params: Any) -> Any:
-    """The shapes and dtypes of the state that `init` makes; what is no array it sees as it is."""
+    """The shapes and dtypes of the state that `init` makes; leaves that are no arrays are passed to it as they are."""
     leaves, structure = jax.tree.flatten(params)
     places = [place for place, leaf in enumerate(leaves) if trees.aval(leaf)[1] is not None]
 
@@ -59,7 +59,7 @@ def state_shapes(init: Any, params: Any) -> Any:
 
 
 def names_of(field: str) -> tuple[str, str, str]:
-    """By what a field may be named, the most exact first: ``inner/mu_2``, ``mu_2``, ``mu``."""
+    """The names by which a field may be meant, the most exact first: ``inner/mu_2``, ``mu_2``, ``mu``."""
     name = field.rpartition("/")[2]
     return field, name, re.sub(r"_\d+$", "", name)
 
@@ -76,7 +76,7 @@ def shared(state: Any, *fields: str) -> list[StateArray]:
 def per_leaf(
     prefix: Sequence[Any], tree: Any, params: Any, role: Role | None, of_rule: bool = False
 ) -> list[StateArray]:
-    """The arrays of a part of a state that is a tree like the parameters, an array or a hole for each leaf."""
+    """The arrays of a part of a state that is a tree like the parameters, with an array or a hole for each leaf."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     parts = jax.tree.structure(params).flatten_up_to(tree)
     field = jax.tree_util.keystr(tuple(prefix), simple=True, separator="/")
@@ -88,9 +88,9 @@ def per_leaf(
 
 
 def per_leaf_by_name(name: str, trees_by_name: Mapping[str, Any], params: Any) -> list[StateArray]:
-    """The same of a dict of such trees."""
+    """`per_leaf` for the field `name`, a dict of such trees."""
     prefixes = {key: (GetAttrKey(name), DictKey(key)) for key in trees_by_name}
-    return [one for key, tree in trees_by_name.items() for one in per_leaf(prefixes[key], tree, params, "kept")]
+    return [array for key, tree in trees_by_name.items() for array in per_leaf(prefixes[key], tree, params, "kept")]
 
 
 def within(field: str, arrays: Sequence[StateArray], leaves: Sequence[int] | None = None) -> list[StateArray]:
@@ -106,8 +106,8 @@ def within(field: str, arrays: Sequence[StateArray], leaves: Sequence[int] | Non
 
 
 def of_foreign(init: Any, params: Any) -> list[StateArray]:
-    """The arrays of another library's state: one is for the leaf with whose path its own ends."""
-    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):  # a bare array has no path to tell it by
+    """The arrays of another library's state: each is for the leaf whose path is the end of its own."""
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):  # a bare array has no path: give it one
         named = of_foreign(init, {_BARE: params})
         return [array._replace(path=tuple(key for key in array.path if key != DictKey(_BARE))) for array in named]
     places = {path: place for place, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])}

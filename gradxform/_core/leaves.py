@@ -18,21 +18,21 @@ from gradxform._core.explain import OTHER_PARAMETERS
 from gradxform.numerics import arithmetic as numerics
 
 HOLE = optax.MaskedNode()
-"""What a tree has in place of a leaf that is left out: no leaf of JAX's."""
+"""What stands in a tree in place of a leaf that is left out; JAX does not count it as a leaf."""
 
 
 class Leaf(NamedTuple):
     """A leaf of one step."""
 
     update: Any
-    """None where the leaf stays as it is: it is frozen, no array, or has no gradient."""
+    """None if the leaf stays as it is, because it is frozen, is no array or has no gradient."""
     param: Any
     """None where the step was given no parameters."""
     shape: tuple[int, ...]
     arithmetic: Any
-    """The dtype it is computed in."""
+    """The dtype of the leaf's arithmetic."""
     final: Any
-    """The dtype its update is returned in: the parameter's."""
+    """The dtype in which its update is returned: the parameter's."""
 
     def moved(self, accepted: Any = None) -> Any:
         """The parameter after the update."""
@@ -89,7 +89,7 @@ class Leaves:
         return parts
 
     def result(self, wants: Literal["updates", "params"], results: Sequence[Any]) -> Any:
-        """The tree of the results, with what is wanted of the leaves that stay as they are: these, or no update."""
+        """The tree of the results. Leaves that stay as they are give themselves or no update, whichever is wanted."""
         whole = [
             self._unmoved(wants, leaf, given) if leaf.update is None else result
             for leaf, given, result in zip(self.leaves, self.given, results, strict=True)
@@ -103,7 +103,7 @@ class Leaves:
 
 
 def no_update(leaf: Any, dtype: Any = None) -> Any:
-    """Zeros like a leaf, −0 where there is one, which leaves every number as it is; None for what is no array."""
+    """Zeros like a leaf, −0 in dtypes that have it, which changes no number when added; None for what is no array."""
     _, own = trees.aval(leaf)
     if own is None or own == jax.dtypes.float0:
         return None if own is None else leaf
@@ -112,7 +112,7 @@ def no_update(leaf: Any, dtype: Any = None) -> Any:
 
 
 def like_params(updates: Any, params: Any, structure: Any) -> list[Any]:
-    """The updates, one for each leaf of the parameters; None in a tree of updates stands for a whole subtree."""
+    """One update for each leaf of the parameters; a None among the updates may stand for a whole subtree."""
     given, own = jax.tree.flatten(updates)
     if own == structure:
         return given

@@ -73,14 +73,14 @@ def lift(
 ) -> Transformation:
     """(u, s) ← update(u, s, θ, step) on every array of a tree: make a transformation of a rule for one array.
 
-    The rule sees one array at a time, in at least float32, and gets all of this for it: any tree, checks
+    The rule sees one array at a time, in at least float32. All else is done for it: any tree, checks
     with the leaf's name, low-precision parameters, a state whose signature never changes, schedules and
     live values, fusion with its neighbours in a `chain`, one trace per shape.
 
     Args:
       init: ``init(param)`` gives the state for one array, a dict of arrays by name; `no_slots` if there is
         none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment. It is also
-        called on shapes alone, of no axes or any number, for the names and shapes of what it gives.
+        called with shapes alone, of any number of axes or none, to learn the names and shapes of what it gives.
       update: ``update(update, state, param, step)`` gives the new update, of the same shape, and the new
         state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
         update; ``step.<name>`` is the current value of an argument. ``step.keep``, see `Step`, saves memory.
@@ -100,10 +100,10 @@ def lift(
       batched: Whether leaves of one shape go through the chain stacked, with `update` under `jax.vmap`. None does so
         where products of matrices gain by it, on GPUs and TPUs, for leaves of up to 2²⁰ elements.
       needs_params: Whether `update` reads ``param``.
-      at_most: Which argument the magnitudes of the new update do not exceed, but for rounding. The next rule
-        finds its value as ``step.at_most``, infinity where it is not constant, and need not guard against more.
-      rescales: Which scalar that `gather` returns `update` multiplies by, and does nothing else: norms of its results
-        are then those of its input times it.
+      at_most: The name of an argument that bounds the magnitudes of the new update, up to rounding. The next rule
+        finds its value as ``step.at_most``, infinity if it is not constant, and need not guard against larger updates.
+      rescales: The name of a scalar from `gather`, if all that `update` does is to multiply by it: then the norms of
+        its results are known to be those of its input times the scalar.
       constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
         at their defaults are left out. Default: the function in which `update` is defined.
       state_dtype: A floating-point dtype that the state is kept in; default that of the arithmetic.
@@ -132,7 +132,7 @@ def lift(
     if measure is not None and not isinstance(measure, Measure):
         measure = Measure(measure)
     if axis_name and measure is not None and measure.across is None:
-        raise TypeError("axis_name needs to know how the numbers of shards make one: give measure=Measure(of, across)")
+        raise TypeError("axis_name needs a way to combine the numbers of shards: give measure=Measure(of, across)")
     if gather is None and (memory or reports or rescales):
         raise TypeError("memory, reports and rescales go with gather: give it, or neither")
     if at_most is not None and at_most not in arguments:
@@ -181,7 +181,7 @@ def _argument(rule: str, key: str, value: Any) -> Any:
 
 
 def branch(name: str, tx: Any) -> Transformation:
-    """A transformation for a rule to apply to its own input; None is the identity."""
+    """A transformation that a rule applies to its own input; None is the identity."""
     return chain() if tx is None else Transformation.of(chain_of(stages_of(name, tx)))
 
 

@@ -1,4 +1,4 @@
-"""What is measured of all leaves before a step: once for each array, whoever asks; norms above all."""
+"""What is measured of all leaves before a step, once for each array, whoever asks; norms above all."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Numbers = Mapping[str, Array]
 def measure_leaves(
     leaves: Leaves, measure: Measure, acts: Sequence[bool], call: Call, who: str, axis_name: tuple[str, ...] | None
 ) -> tuple[list[Numbers], Numbers]:
-    """The numbers of `measure` of every leaf that counts: for each leaf, and stacked; {} if there is none.
+    """The numbers of `measure` of every leaf that counts: for each leaf, and stacked; [] and {} if no leaf counts.
 
     A joint measure takes small leaves of one shape together, and has no numbers of single leaves.
 
     Args:
-      leaves: The leaves of the step, of whose updates the numbers are.
-      measure: What to measure; once per array and `call`, whoever asks.
+      leaves: The leaves of the step, whose updates are measured.
+      measure: What to measure, once per array and `call`, whoever asks.
       acts: Whether each leaf counts; those without an update do not.
       call: The step in progress.
       who: Who asks, for messages.
@@ -64,13 +64,13 @@ def _alone(measure: Measure, leaf: Leaf, call: Call) -> Numbers:
         _, source, factor = known
         return rescaled(_alone(measure, leaf._replace(update=source), call), factor)
     key = (measure.of, leaf.arithmetic, id(leaf.update))
-    if key not in call.measured:  # the array is kept beside, so that no other gets its id
+    if key not in call.measured:  # the array is held too, so that no other gets its id
         call.measured[key] = (measured(measure)(leaf.arithmetic, leaf.update), leaf.update)
     return call.measured[key][0]
 
 
 def _jointly(measure: Measure, leaves: list[Leaf], call: Call) -> Numbers:
-    """The numbers of groups that make up leaves of one dtype, stacked; of the leaves if they are known."""
+    """The numbers of leaves of one dtype, put together in groups, stacked; those of single leaves if they are known."""
     if measure is GLOBAL_NORM:
         sources, factor = _sources([leaf.update for leaf in leaves], call)
         if factor is not None:
@@ -88,9 +88,9 @@ def _jointly(measure: Measure, leaves: list[Leaf], call: Call) -> Numbers:
 def remember_rescaled(
     before: Leaves, after: Leaves, acts: Sequence[bool], factors: Mapping[Any, Any], call: Call
 ) -> None:
-    """Let the norms of updates that are others times a factor be the others' norms times it.
+    """Remember which updates are others times a factor, so that their norms are the others' norms times the factor.
 
-    So nobody reads the arrays once more, and a compiled step need not write them out (X3).
+    Then nobody reads the new arrays to measure them, and a compiled step need not write them out (X3).
     """
     for old, new, act in zip(before.leaves, after.leaves, acts, strict=True):
         if act and old.update is not None:
@@ -98,7 +98,7 @@ def remember_rescaled(
 
 
 def _sources(updates: Sequence[Any], call: Call) -> tuple[list[Any], Any]:
-    """What updates are one number times of, and the number; themselves and None if they are nothing of the kind."""
+    """The arrays of which all updates are the multiple by one factor, and the factor; else the updates and None."""
     known = [call.rescaled.get(id(update)) for update in updates]
     factors = {id(entry[2]): entry[2] for entry in known if entry is not None}
     if len(factors) != 1 or None in known:
@@ -116,12 +116,12 @@ def alike(arrays: Sequence[Any]) -> list[list[Any]]:
 
 
 def type_of(array: Any) -> Any:
-    """What arrays must share to be put together: shape, dtype and how they are divided over a mesh."""
+    """What arrays must have in common to be put together: shape, dtype and division over a mesh."""
     return (trees.aval(array), getattr(array, "sharding", None)) if trees.concrete(array) else jax.typeof(array)
 
 
 def _whole(measure: Measure, numbers: Numbers, axes: tuple[str, ...]) -> Numbers:
-    """From the numbers of the shards over some axes of the mesh to those of the whole."""
+    """The numbers of whole arrays, from those of their shards over these axes of the mesh."""
     if not axes:
         return numbers
     assert measure.across is not None
@@ -129,7 +129,7 @@ def _whole(measure: Measure, numbers: Numbers, axes: tuple[str, ...]) -> Numbers
 
 
 def _joined(parts: list[Numbers]) -> dict[str, Array]:
-    """Stacked numbers one after the other."""
+    """Stacked numbers, concatenated."""
     with jax.numpy_dtype_promotion("standard"):
         return {
             key: jnp.concatenate([part[key] for part in parts]) if len(parts) > 1 else parts[0][key] for key in parts[0]
@@ -155,7 +155,7 @@ LEAF_NORMS = Measure(_norm, _norm_across)
 """‖x‖₂ of each leaf, in at least float32."""
 
 GLOBAL_NORM = Measure(_norm, _norm_across, _joint_norms)
-"""‖x‖₂ of groups that make up all leaves: small ones of a shape are a group (X6)."""
+"""‖x‖₂ of groups that together are all leaves: the small leaves of a shape are a group (X6)."""
 
 
 def leaf_norms(

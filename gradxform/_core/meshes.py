@@ -12,41 +12,41 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from gradxform._core.compat import AxisType, auto_axes, reshard, varying_axes
 from gradxform._core.trees import concrete, name_leaf
 
-# Meshes whose axes the compiler divides, and those that types show
+# Traced arrays, whose types may show how they are divided
 
 
 def spec_of(x: Any, shape: tuple[int, ...] | None = None) -> PartitionSpec:
-    """How the type of an array says that it is divided; of one of this `shape` beside it, not at all if it can't be."""
+    """The PartitionSpec in x's type; with `shape`, that for another array of this shape, replicated if it can't be."""
     sharding = jax.typeof(x).sharding
     return sharding.spec if shape is None or _divides(sharding, shape) else PartitionSpec()
 
 
 def partitioned(function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
-    """``function(*arguments)``, its results divided `like` these arrays or specs, if the types of arguments show some.
+    """``function(*arguments)``; the compiler divides its work, and results are divided `like` these arrays or specs.
 
-    In between the compiler divides the work, as it does on other meshes: mathematics on one array need not say how each
-    product or reshape of it is divided. JAX's `make_mesh` makes meshes whose axes are types.
+    So mathematics on one array need not say how each product or reshape is divided. On meshes whose axes are types, as
+    JAX's `make_mesh` makes them, it would have to; on other meshes the compiler divides the work anyway.
     """
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(arguments)]
     meshes = [each.mesh for each in shardings if AxisType.Explicit in each.mesh.axis_types and _is_divided(each)]
     if not meshes:
         return function(*arguments)
 
-    def placed(one: Any) -> NamedSharding:
-        return NamedSharding(meshes[0], one if isinstance(one, PartitionSpec) else spec_of(one))
+    def placed(result: Any) -> NamedSharding:
+        return NamedSharding(meshes[0], result if isinstance(result, PartitionSpec) else spec_of(result))
 
     automatic = auto_axes(function, axes=meshes[0].explicit_axes, out_sharding=jax.tree.map(placed, like))
     return automatic(*arguments)
 
 
 def divided_like(other: Any, x: Any) -> Any:
-    """`x`, divided as the type of another array of its shape says that that is."""
+    """`x`, divided as another array of its shape is, if that array's type shows it."""
     sharding = jax.typeof(other).sharding
     return reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
 
 
 def beside(leaf: Any, slot: Any) -> Any:
-    """A new array on the devices of a traced leaf of its shape, divided as it is: what is made of nothing lies on one.
+    """A new array, divided over devices as a traced leaf of its shape is; without this it would lie on one device.
 
     The leaf takes part in a selection that never selects it, which costs nothing. (A selection by a scalar would be gone
     before the compiler divides the work.)
@@ -77,14 +77,14 @@ def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
 
 
 def everywhere(tree: Any) -> NamedSharding | None:
-    """All devices of the mesh that the arrays of a tree are on, if they are on one."""
+    """The sharding over all devices of the mesh that the arrays of a tree are on; None if they are on no mesh."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree) if concrete(leaf)]
-    meshes = [some.mesh for some in shardings if isinstance(some, NamedSharding) and isinstance(some.mesh, Mesh)]
+    meshes = [each.mesh for each in shardings if isinstance(each, NamedSharding) and isinstance(each.mesh, Mesh)]
     return NamedSharding(meshes[0], PartitionSpec()) if meshes else None
 
 
 def spread(state: Any, params: Any) -> Any:
-    """The state with what `init` made from nothing on all devices of the parameters' mesh, if they are on one.
+    """The state, with arrays that `init` made from nothing moved to all devices of the parameters' mesh, if any.
 
     A scalar on one device beside arrays on a mesh would be traced anew when it comes back from a step, and a checkpoint
     would bring it back bound to that device.
@@ -93,22 +93,22 @@ def spread(state: Any, params: Any) -> Any:
     if sharding is None:
         return state
 
-    def one(leaf: Any) -> Any:
+    def moved(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or not concrete(leaf) or leaf.committed:
             return leaf
         return jax.device_put(leaf, sharding) if isinstance(leaf.sharding, SingleDeviceSharding) else leaf
 
-    return jax.tree.map(one, state)
+    return jax.tree.map(moved, state)
 
 
 def put_beside(x: Any, tree: Any) -> Any:
-    """An array on all devices of the mesh that the arrays of a tree are on, if they are on one."""
+    """`x` on all devices of the mesh that the arrays of a tree are on, if they are on one."""
     sharding = everywhere(tree)
     return x if sharding is None or not (isinstance(x, jax.Array) and concrete(x)) else jax.device_put(x, sharding)
 
 
 def put_like(other: Any, x: Any) -> Any:
-    """`x` on the devices of a concrete array, divided as it is if it can be."""
+    """`x` on the devices of another, concrete array, and divided as that is, if the shape of `x` allows it."""
     sharding = getattr(other, "sharding", None) if concrete(other) else None
     if not isinstance(sharding, NamedSharding):
         return x
@@ -121,8 +121,8 @@ def put_like(other: Any, x: Any) -> Any:
 def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structure: Any, index: int) -> tuple[str, ...]:
     """The axes in `axis_name` over which a leaf inside `shard_map` or `pmap` is one shard of several.
 
-    Raises if it is sharded over others. Where JAX does not track what varies, under `pmap` or ``check_vma=False``,
-    every leaf counts as sharded over all of `axis_name`.
+    Raises if the leaf is sharded over other axes. Where JAX does not track what varies, under `pmap` or
+    ``check_vma=False``, every leaf counts as sharded over all of `axis_name`.
     """
     if axis_name == ():
         return ()
@@ -140,7 +140,7 @@ def sharded_over(leaf: Any, axis_name: tuple[str, ...] | None, who: str, structu
 
 
 def tracked(axes: tuple[str, ...], varying: frozenset[str]) -> tuple[str, ...]:
-    """Those of `axes` over which an array varies: all where JAX does not track it."""
+    """The axes in `axes` over which an array varies; all of them where JAX does not track that."""
     return tuple(axis for axis in axes if axis in varying or not varying_over(jax.lax.axis_index(axis)))
 
 

@@ -1,4 +1,4 @@
-"""What a guessed name is called here: the names of optax, torch and Keras. Loaded when one is asked for."""
+"""What a guessed name is called here: the names of optax, torch and Keras. Loaded only when a name is looked up."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ OTHER_NAMES = {
 
 
 def attribute(name: str, surface: Mapping[str, Any]) -> Any:
-    """An attribute of the package that is made when it is asked for; raises for what is none, with what to write.
+    """An attribute of the package that is made on demand; raises for an unknown name, and says what to write instead.
 
     Args:
       name: The attribute.
@@ -111,7 +111,7 @@ def public_names(surface: Mapping[str, Any]) -> list[str]:
 
 
 def _version() -> str:
-    """As it is installed; a checkout that is not installed has none."""
+    """The installed version; a checkout that is not installed has none."""
     try:
         return importlib.metadata.version("gradxform")
     except importlib.metadata.PackageNotFoundError:
@@ -119,7 +119,7 @@ def _version() -> str:
 
 
 def _said(name: str, public: list[str]) -> str:
-    """What follows in a message that says a name does not exist."""
+    """The rest of a message that says that a name does not exist."""
     forms = [name, name.lower(), re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()]  # AdamW, ScaleByAdam
     if ours := next((form for form in forms if form in public), None):
         return f": here it is gx.{ours}"
@@ -128,7 +128,7 @@ def _said(name: str, public: list[str]) -> str:
     if told := next(filter(None, map(_of_optax, forms)), None):
         return f": {told}"
     near = difflib.get_close_matches(name, public, n=3)
-    return f": did you mean {' or '.join(f'gx.{one}' for one in near)}?" if near else ""
+    return f": did you mean {' or '.join(f'gx.{match}' for match in near)}?" if near else ""
 
 
 def _of_optax(name: str) -> str | None:

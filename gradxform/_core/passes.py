@@ -1,4 +1,4 @@
-"""A pass over all leaves: for each a compiled call, traced once for each rule, shape and dtype."""
+"""A pass over all leaves: one compiled call per leaf, traced once for each tuple of rules, shape and dtype."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradxform._core import meshes, trees
-from gradxform._core import rule as one_array
+from gradxform._core import meshes, one_array, trees
 from gradxform._core.arguments import visible_dtype
 from gradxform._core.body import Foreign
 from gradxform._core.call import Call, Report
@@ -20,8 +19,9 @@ from gradxform._core.compiled import Ending, gathered, on_batch, on_leaf, prepar
 from gradxform._core.encoded import EncodedMoment, EncodedParam, decoded
 from gradxform._core.leaves import HOLE, Leaf, Leaves, column, masked, widened
 from gradxform._core.measures import measure_leaves, remember_rescaled, type_of
+from gradxform._core.one_array import Scalars
 from gradxform._core.plan import LeafPlan, TreePlan
-from gradxform._core.rule import NOTHING, Rule, Scalars
+from gradxform._core.rule import NOTHING, Rule
 from gradxform._core.stages import TreeStage
 from gradxform.numerics import arithmetic as numerics
 
@@ -51,7 +51,7 @@ class RulePass:
         call: Call,
         rounds: bool,
     ) -> tuple[Leaves, dict[str, Any], Report]:
-        """Every rule on every leaf; `rounds` tells whether what is not done yet goes on in the parameters' dtypes."""
+        """Every rule on every leaf. `rounds`: whether the next pass gets updates in the parameters' dtypes."""
         slots = self._slots(plans, state, leaves)
         self._check_leaves(plans, leaves)
         scalars, own, memory, report = self._scalars(plans, state, values, leaves, call)
@@ -109,7 +109,7 @@ class RulePass:
         return [tuple([row[place] for place in plan.places]) for plan, row in zip(plans, rows, strict=True)]
 
     def _check_leaves(self, plans: Sequence[LeafPlan], leaves: Leaves) -> None:
-        """Raise if a rule can't take a leaf: it does not fit, or is a shard where the rule needs whole ones."""
+        """Raise if a rule can't take a leaf: one that does not fit, or a shard where the rule needs whole arrays."""
         for place, rule in enumerate(self.rules):
             if not rule.picky:
                 continue
@@ -179,7 +179,7 @@ _LARGEST_BATCHED = 1 << 20
 
 
 def _initial_slots(rules: tuple[Rule, ...], leaf: Any) -> list[Any]:
-    """The state of one leaf, each array its own: a step may be given none twice, nor the parameter, if it donates."""
+    """The state of one leaf: no array twice, nor the parameter, for a step that donates must get no buffer twice."""
     slots, known = jax.tree.leaves(one_array.init(rules, widened(leaf))), {id(leaf)}
     for place, slot in enumerate(slots):
         slots[place] = jnp.array(slot) if id(slot) in known else meshes.beside(leaf, slot)
@@ -195,7 +195,7 @@ def _ending(plan: LeafPlan, leaf: Leaf, call: Call, rounds: bool) -> Ending:
 
 
 def _arrays(param: Any) -> Any:
-    """What a compiled call is given of a parameter."""
+    """A parameter as compiled calls take it."""
     return param.arrays() if isinstance(param, EncodedParam) else param
 
 
@@ -208,7 +208,7 @@ class TreePass:
 
     @property
     def rounds(self) -> bool:
-        """Whether it must get the parameters' dtypes; our own bodies round no earlier than they return."""
+        """Whether it must get the parameters' dtypes, as other libraries' do; our own round when they return."""
         return isinstance(self.stage.body, Foreign)
 
     def initial(self, plan: TreePlan, params: Any, leaves: Sequence[Any], structure: Any) -> dict[str, Any]:

@@ -25,13 +25,13 @@ class LeafPlan:
     """What a leaf gets in a pass over the rules of a chain."""
 
     rules: tuple[Rule, ...]
-    """With nothing in place of those that leave it alone."""
+    """The pass's rules, with `NOTHING` in place of those that leave the leaf alone."""
     acts: bool
     """Whether any of them does something."""
     places: tuple[int, ...]
-    """Which of the pass's fields hold its arrays, in their order."""
+    """Which of the pass's fields hold the leaf's arrays, in their order."""
     avals: tuple[trees.Aval, ...]
-    """Shape and dtype of these."""
+    """Shape and dtype of these arrays."""
     ends: bool
     """Whether nothing after this pass acts on the leaf."""
 
@@ -42,7 +42,7 @@ class TreePlan:
 
     acts: list[bool]
     sees: list[bool]
-    """Those it acts on, and those it freezes itself."""
+    """The leaves it is given: those it acts on, and those it freezes itself."""
     ends: list[bool]
     """Whether nothing after this stage acts on a leaf."""
 
@@ -66,7 +66,7 @@ class Selection:
     chosen: dict[Mask, tuple[bool, ...]]
     frozen: tuple[bool, ...]
     frozen_within: tuple[tuple[bool, ...], ...]
-    """For each stage that sees whole trees."""
+    """For each stage that sees whole trees, the leaves that it freezes itself."""
 
     @property
     def key(self) -> Any:
@@ -75,7 +75,7 @@ class Selection:
 
     @property
     def all_frozen(self) -> list[bool]:
-        """The leaves that are frozen, by whomever."""
+        """The leaves that are frozen, by the chain or within a stage."""
         return [any(each) for each in zip(self.frozen, *self.frozen_within, strict=True)]
 
     def acting(self, *masks: Mask | None) -> list[bool]:
@@ -84,7 +84,7 @@ class Selection:
         return [not rests and all(each) for rests, *each in zip(self.all_frozen, *flags, strict=True)]
 
     def seen_by(self, stages: Sequence[Rule | TreeStage]) -> dict[int, list[bool]]:
-        """The leaves that each stage sees that sees whole trees: those it acts on, and those it freezes itself."""
+        """The leaves that each tree stage, known by its id, is given: those it acts on, and those it freezes itself."""
         trees_of = [stage for stage in stages if isinstance(stage, TreeStage)]
         pairs = zip(trees_of, self.frozen_within, strict=True)
         return {id(s): [act or own for act, own in zip(self.acting(s.mask), w, strict=True)] for s, w in pairs}
@@ -97,7 +97,7 @@ def masks_of(stages: Sequence[Rule | TreeStage]) -> list[Mask]:
 
 
 def select(stages: Sequence[Rule | TreeStage], masks: Sequence[Mask], tree: Any, given: bool) -> Selection:
-    """Who acts where, for these parameters; where none are `given`, for a tree like them, which no mask may look at."""
+    """Which leaves are chosen and frozen in these parameters, or in updates, where parameters are not `given`."""
     leaves, structure = jax.tree.flatten(tree)
     shown = [decoded(leaf) for leaf in leaves] if masks else leaves
     params = tree if all(a is b for a, b in zip(shown, leaves, strict=True)) else structure.unflatten(shown)
@@ -119,14 +119,14 @@ def select(stages: Sequence[Rule | TreeStage], masks: Sequence[Mask], tree: Any,
 def _frozen_by(
     stage: TreeStage, selection: Selection, tree: Any, leaves: Sequence[Any], structure: Any
 ) -> tuple[bool, ...]:
-    """Which of the leaves it acts on a stage freezes itself."""
+    """Which leaves a tree stage freezes itself, of those it acts on."""
     acts = selection.acting(stage.mask)
     inner = iter(stage.body.frozen(masked(acts, tree, leaves, structure)))
     return tuple(act and next(inner) for act in acts)
 
 
 def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals) -> Plan:
-    """What each leaf gets in every pass: tuples of rules, or a stage that sees whole trees."""
+    """What each leaf gets in every pass; a pass is a tuple of rules, or a stage that sees whole trees."""
     frozen = selection.all_frozen
     within = iter(selection.frozen_within)
     drafts: list[Any] = []
@@ -165,7 +165,7 @@ def _leaf_plans(
 
 
 def _rules_by_leaf(rules: tuple[Rule, ...], selection: Selection, frozen: Sequence[bool]) -> list[tuple[Rule, ...]]:
-    """What each leaf gets of some rules; a frozen one nothing."""
+    """What each leaf gets of these rules; a frozen leaf gets nothing."""
     masks = list({rule.mask: None for outer in rules for rule in outer.parts if rule.mask is not None})
     if not masks and not any(frozen):
         return [rules] * len(frozen)

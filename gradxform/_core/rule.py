@@ -4,9 +4,9 @@ A rule reads its hyperparameters, options and branches from ``step``:
 
     step.number      1 at the first update, a scalar of the arithmetic's dtype
     step.decay       the current value of the argument `decay`
-    step.at_most     what no |u| of the update exceeds, a float; infinity where that is not known
+    step.at_most     a bound on |u|, a float: infinity where none is known
     step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
-    step.keep        ``mu = step.keep("mu", mu)``: what the state will hold of a new moment, to go on with
+    step.keep        ``mu = step.keep("mu", mu)``: a new moment as the state will hold it, to go on with
 
 together with whatever its own `prepare` and `gather` computed for this step.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -26,7 +25,6 @@ import numpy as np
 
 from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.masks import Mask
-from gradxform._core.trees import is_complex, trainable
 
 Array: TypeAlias = jax.Array
 Slots: TypeAlias = dict[str, Any]
@@ -36,9 +34,9 @@ Slots: TypeAlias = dict[str, Any]
 class Step(types.SimpleNamespace):
     """What is the same for every leaf in one step: the step number, hyperparameters and prepared scalars.
 
-    A rule may pass a new moment through ``step.keep(name, value)`` before it makes the update of it. What comes back is
-    what the state will hold: rounded where the state is kept in a narrower dtype, the old one where a guard skips the
-    step. Then the moment is written once and read back; otherwise XLA keeps a copy of the old one to compute with.
+    A rule may pass a new moment through ``step.keep(name, value)`` before it makes the update of it. It gets back what
+    the state will hold: the moment rounded, if the state has a narrower dtype; the old one, if a guard skips the step.
+    So the moment is written once and read back; otherwise XLA keeps a copy of the old one to compute with.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -80,7 +78,7 @@ def pass_through(update: Array, state: Slots, param: Array | None, step: Step) -
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a rule wants to know of all leaves before it acts: numbers of each, and how those of shards make one.
+    """What a rule needs to know of all leaves before it acts: numbers of each, and how to combine those of shards.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -103,11 +101,11 @@ class Measure:
     of: Callable[[Array], Mapping[str, Array]]
     """Scalars of one array, by name."""
     across: Callable[[Mapping[str, Array], tuple[str, ...]], Mapping[str, Array]] | None = None
-    """From a mesh's shards, the numbers stacked over leaves and the axes they are sharded over, to the whole."""
+    """``across(numbers, axes)``: the numbers of whole arrays, from those of their shards over the mesh axes `axes`.
+    Numbers are stacked over leaves."""
     joint: Callable[[Sequence[Sequence[Array]], Any], Mapping[str, Array]] | None = None
-    """``joint(groups, dtype)``: of groups of arrays of one shape, as they come, the numbers of each group in a dtype,
-    stacked: then `gather` sees groups in
-    place of leaves, and no leaf its own numbers."""
+    """``joint(groups, dtype)``: the numbers of each group of arrays of one shape, in this dtype, stacked. Then `gather`
+    sees groups in place of leaves, and no leaf has numbers of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,18 +159,18 @@ class Rule:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether it holds numbers only: no array, which may be traced, no mask, and nothing of a user's."""
+        """Whether its hyperparameters are constants, not arrays, which may be traced, and no part of it has a mask."""
         return all(part.mask is None for part in self.parts) and all(h.constant for h in self.hyperparameters)
 
     @functools.cached_property
     def labels(self) -> tuple[Any, ...]:
-        """What is said of its hyperparameters: equal rules may call theirs otherwise."""
+        """Names, groups and ranges of its hyperparameters, in which equal rules may differ."""
         return tuple([(h.name, h.group, h.within) for h in self.hyperparameters])
 
     def bind(
         self, name_of: Callable[[Hyperparameter], str], keeps: Callable[[Hyperparameter], bool] = lambda h: h.constant
     ) -> Rule:
-        """The rule with the constants it `keeps` in place, and a name where a value changes: free of arrays."""
+        """The rule without arrays: the hyperparameters it `keeps` as numbers, a `Dynamic` in place of all others."""
 
         def bound(value: Any) -> Any:
             if isinstance(value, Hyperparameter):
@@ -182,7 +180,7 @@ class Rule:
         return self._mapped(lambda rule: rule.bind(name_of, keeps), bound)
 
     def select(self, acts: Callable[[Mask], bool]) -> Rule:
-        """The rule for one leaf: where a mask leaves the leaf out, nothing stands in its place, without state."""
+        """The rule for one leaf; `NOTHING`, which has no state, if a mask leaves the leaf out."""
         if self.mask is not None and not acts(self.mask):
             return NOTHING
         return dataclasses.replace(self._mapped(lambda rule: rule.select(acts)), mask=None)
@@ -200,18 +198,18 @@ class Rule:
     def shown_in(self, group: str) -> Rule:
         """The rule with the name of its group before those of its hyperparameters."""
 
-        def led(value: Any) -> Any:
+        def in_group(value: Any) -> Any:
             return dataclasses.replace(value, group=group) if isinstance(value, Hyperparameter) else value
 
-        return self._mapped(lambda rule: rule.shown_in(group), led)
+        return self._mapped(lambda rule: rule.shown_in(group), in_group)
 
     def _mapped(self, on_rule: Callable[[Rule], Rule], on_value: Callable[[Any], Any] = lambda value: value) -> Rule:
         """The rule with its branches' rules and its own other arguments replaced."""
 
-        def one(value: Any) -> Any:
+        def mapped(value: Any) -> Any:
             return Branch(tuple(map(on_rule, value.rules))) if isinstance(value, Branch) else on_value(value)
 
-        return dataclasses.replace(self, arguments=tuple((key, one(value)) for key, value in self.arguments))
+        return dataclasses.replace(self, arguments=tuple((key, mapped(value)) for key, value in self.arguments))
 
     def __repr__(self) -> str:
         defaults = inspect.signature(self.constructor).parameters if self.constructor else {}
@@ -233,124 +231,3 @@ _NO_RULES = Branch(())
 
 NOTHING = Rule("identity", None, no_slots, pass_through)
 """What stands in place of a rule on a leaf that it leaves alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scalars:
-    """The numbers of one step in the dtype of one leaf's arithmetic."""
-
-    number: Array
-    seed: Array | None
-    """For the stochastic rounding of low-precision states, if there are any."""
-    dynamic: dict[str, Array]
-    prepared: tuple[dict[str, Any], ...] = ()
-
-    def with_own(self, numbers: Mapping[str, Any]) -> Scalars:
-        """With more for the first rule: what it gathered of all leaves, or measured of one."""
-        first, *others = self.prepared
-        return dataclasses.replace(self, prepared=({**first, **numbers}, *others))
-
-
-jax.tree_util.register_dataclass(Scalars)
-
-
-def init(rules: tuple[Rule, ...], param: Any) -> tuple[Slots, ...]:
-    """The state of `rules` for one array, one dict per rule."""
-    return tuple(_init_rule(rule, param) for rule in rules)
-
-
-def prepare(rules: tuple[Rule, ...], scalars: Scalars) -> tuple[dict[str, Any], ...]:
-    """What `rules` compute once per step, one dict per rule."""
-
-    def one(rule: Rule) -> dict[str, Any]:
-        branches = {name: prepare(branch, scalars) for name, branch in rule.branches}
-        own = rule.prepare(step_of(rule, scalars)) if rule.prepare else {}
-        return {**own, **branches}
-
-    return tuple(map(one, rules))
-
-
-Keep: TypeAlias = Callable[[Rule, Array, Array], Array]
-"""``keep(rule, new, old)``: what the state holds of a new moment, in the dtype of the arithmetic."""
-
-
-def run(
-    rules: tuple[Rule, ...],
-    scalars: Scalars,
-    update: Array,
-    state: tuple[Slots, ...],
-    param: Array | None,
-    keep: Keep = lambda rule, new, old: new,
-) -> tuple[Array, tuple[Slots, ...]]:
-    """Apply `rules` to one array, one after the other; every moment goes through `keep` once."""
-    new_state: list[Slots] = []
-    at_most = math.inf
-    for rule, prepared, slots in zip(rules, scalars.prepared, state, strict=True):
-        kept: dict[str, Array] = {}
-
-        def stored(name: str, new: Array, rule: Rule = rule, slots: Slots = slots, kept: Any = kept) -> Array:
-            if name not in slots:
-                raise ValueError(f"{rule.name} keeps {name!r}, its init made {sorted(slots)}")
-            _check_kept(rule, f"the state {name}", slots[name], new)
-            kept[name] = keep(rule, new, slots[name])
-            return kept[name]
-
-        step = step_of(rule, scalars, prepared, keep=keep)
-        step.keep, step.at_most = stored, at_most
-        new_update, new_slots = rule.update(update, slots, param, step)
-        _check_kept(rule, "an update", update, new_update)
-        if new_slots.keys() != slots.keys():
-            raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
-        branches, rest = dict(rule.branches), {}
-        for name, new in new_slots.items():
-            if name not in branches and new is not kept.get(name):
-                rest[name] = stored(name, new)
-        limit = math.inf if rule.at_most is None else getattr(step, rule.at_most)
-        # what the magnitudes of the result do not exceed, as far as it is known before the step runs
-        update, at_most = new_update, limit if isinstance(limit, float) else math.inf
-        new_state.append({**new_slots, **rest})
-    return update, tuple(new_state)
-
-
-def _check_kept(rule: Rule, what: str, old: Array, new: Array) -> None:
-    """Raise if a rule changes a shape, or makes complex what was real."""
-    if new.shape != old.shape:
-        raise ValueError(f"{rule.name} turned {what} of shape {old.shape} into {new.shape}; the shape must stay")
-    if is_complex(new.dtype) and not is_complex(old.dtype):
-        raise TypeError(f"{rule.name} turned {what} of {old.dtype} into {new.dtype}; real must stay real")
-
-
-def step_of(
-    rule: Rule,
-    scalars: Scalars,
-    prepared: Mapping[str, Any] | None = None,
-    memory: Mapping[str, Array] | None = None,
-    keep: Keep = lambda rule, new, old: new,
-) -> Step:
-    """The step as `rule` sees it."""
-    prepared = {**(prepared or {}), **(memory or {})}
-    arguments = dict(rule.arguments)
-    for name, value in rule.varying:
-        if isinstance(value, Dynamic):
-            arguments[name] = scalars.dynamic[value.name]
-        else:
-            own = dataclasses.replace(scalars, prepared=prepared.pop(name, ()))
-            arguments[name] = _branch(value.rules, own, keep)
-    return Step(number=scalars.number, **arguments, **prepared)
-
-
-def _branch(rules: tuple[Rule, ...], scalars: Scalars, keep: Keep) -> Callable[..., tuple[Array, tuple[Slots, ...]]]:
-    return lambda update, state, param: run(rules, scalars, update, state, param, keep)
-
-
-def _init_rule(rule: Rule, param: Any) -> Slots:
-    slots = {name: _as_state(value, rule.state_dtype) for name, value in rule.init(param).items()}
-    return {**slots, **{name: init(branch, param) for name, branch in rule.branches}}
-
-
-def _as_state(value: Array, dtype: np.dtype[Any] | None) -> Array:
-    if dtype is None or not trainable(value.dtype):  # counters stay whole
-        return value
-    if is_complex(value.dtype) and not is_complex(dtype):
-        raise TypeError(f"state_dtype {dtype} would drop the imaginary part of a {value.dtype} moment; leave it out")
-    return value.astype(dtype)

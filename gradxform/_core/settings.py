@@ -25,14 +25,14 @@ def get_hyperparams(state: Any, tx: optax.GradientTransformation | None = None) 
     A state shows what changes: live values, and what follows a schedule. The constants are known to ``tx`` alone.
 
     Args:
-      state: Any optimizer state: ours, nested in wrappers, or inside foreign chains.
-      tx: The transformation that the state is of, for its constants as well: those of this library's transformations,
-        not those inside of another library's, and without zeros that switch something off, as `describe` has them.
+      state: Any optimizer state: ours, nested in wrappers, or inside another library's chain.
+      tx: The transformation that the state is of, to show its constants as well. Those inside another library's
+        transformations are not known, and zeros that switch something off are left out, as in `describe`.
 
     Returns:
-      Name to 0-d array: the value used in the last step, before the first step the one it will use.
-      A name that occurs in several states is led by its place, e.g. ``1/learning_rate``, or ``./learning_rate`` in
-      the outermost; one that occurs several times in one state is numbered, ``learning_rate_1``.
+      0-d arrays by name: the value that the last step used, or before the first step, the value that it will use.
+      A name that occurs in several states has its place before it, e.g. ``1/learning_rate``, or ``./learning_rate`` in
+      the outermost; a name that occurs several times in one state is numbered, ``learning_rate_1``.
 
     Raises:
       TypeError: if ``tx`` is no transformation.
@@ -52,16 +52,16 @@ def get_hyperparams(state: Any, tx: optax.GradientTransformation | None = None) 
         return shown
     found = [
         (path or (".",), name, hyperparameter)
-        for path, some in _constants(body_of("tx", tx), ())
-        for name, hyperparameter in zip(numbered([one.shown_as for one in some]), some, strict=True)
+        for path, constants in _constants(body_of("tx", tx), ())
+        for name, hyperparameter in zip(numbered([h.shown_as for h in constants]), constants, strict=True)
     ]
     names = distinct([(path, name, hyperparameter.shown_as) for path, name, hyperparameter in found])
-    constants = [jnp.asarray(hyperparameter.number, visible_dtype()) for *_, hyperparameter in found]
-    return shown | dict(zip(numbered(names, taken=shown), constants, strict=True))
+    numbers = [jnp.asarray(hyperparameter.number, visible_dtype()) for *_, hyperparameter in found]
+    return shown | dict(zip(numbered(names, reserved=shown), numbers, strict=True))
 
 
 def _constants(body: Body, path: Path) -> Iterator[tuple[Path, list[Hyperparameter]]]:
-    """The hyperparameters that no state shows, and where the state would stand that could."""
+    """The hyperparameters that no state shows, after the path of the state of the chain that they belong to."""
     if isinstance(body, Wrapper):
         yield from _constants(body.tx, (*path, "inner"))
     elif isinstance(body, Chain):
@@ -78,10 +78,10 @@ def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **na
     optimizer anew with ``optax.join_schedules([old, new], [int(state.count)])``. Its states fit.
 
     Args:
-      state: Any optimizer state: ours, nested in wrappers, or inside foreign chains.
-      values: Name to number or 0-d array, for names that are no Python identifiers.
-      **named: The same as keywords. A bare name sets every hyperparameter of that name; one that is led by its place or
-        numbered, as `get_hyperparams` shows it, sets that. Those of a group of `by_path` are named
+      state: Any optimizer state: ours, nested in wrappers, or inside another library's chain.
+      values: Numbers or 0-d arrays by name, for names that are no Python identifiers.
+      **named: The same as keywords. A bare name sets every hyperparameter of that name; a name with a place or number,
+        as `get_hyperparams` shows it, sets only that one. Those of a group of `by_path` are named
         ``<pattern>/learning_rate``.
 
     Raises:
@@ -113,7 +113,7 @@ def set_hyperparams(state: Any, values: Mapping[str, Any] | None = None, /, **na
 
 
 def _check_settable(matches: Mapping[str, Place]) -> None:
-    """Raise if any of them follows a schedule."""
+    """Raise if any match follows a schedule."""
     scheduled = [key for key, place in matches.items() if place.shown.within is None]
     if not scheduled:
         return
@@ -129,7 +129,7 @@ def _checked(name: str, value: Any, place: Place) -> Any:
     old = place.value
     if jnp.shape(value) != jnp.shape(old):
         raise ValueError(f"{name} must have shape {jnp.shape(old)}, got {jnp.shape(value)}")
-    new = jnp.array(value, dtype=jnp.asarray(old).dtype)  # the user's own may not be donated with the state
+    new = jnp.array(value, dtype=jnp.asarray(old).dtype)  # a copy: the user's array must not be donated with the state
     sharding = getattr(old, "sharding", None)
     if isinstance(sharding, NamedSharding) and concrete(old) and concrete(new):
         new = jax.device_put(new, sharding)
@@ -137,15 +137,15 @@ def _checked(name: str, value: Any, place: Place) -> Any:
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
-    """All that an optimizer state tells of the last step, flat: for any tracker.
+    """All that an optimizer state tells of the last step, as a flat dict for any tracker.
 
     Args:
-      state: Any optimizer state: ours, nested in wrappers, or inside foreign chains, such as a Flax `TrainState`'s or
-        `nnx.Optimizer`'s ``opt_state``.
+      state: Any optimizer state: ours, nested in wrappers, or inside another library's chain, such as a Flax
+        `TrainState`'s or `nnx.Optimizer`'s ``opt_state``.
 
     Returns:
-      Name to 0-d array: what `observe` measured, the counters of `skip_nonfinite`, `skip_spikes` and `accumulate`, and
-      the hyperparameters of `get_hyperparams`. A name that occurs more than once is led by its place in the state.
+      0-d arrays by name: what `observe` measured, the counters of `skip_nonfinite`, `skip_spikes` and `accumulate`, and
+      the hyperparameters of `get_hyperparams`. A name that occurs more than once has its place in the state before it.
 
     Example: see `observe`.
     """

@@ -1,4 +1,4 @@
-"""What states show of their hyperparameters, ours or another library's, at any depth: found, read, never written."""
+"""The hyperparameters that states show, ours and other libraries', at any depth; and a view of them to read only."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Place(NamedTuple):
 
     @property
     def why_not(self) -> str:
-        """Why it can't be set where it follows a schedule, and what to do."""
+        """Why a hyperparameter that follows a schedule can't be set, and what to do."""
         if _foreign(self.holder):
             return "follows a schedule; to set it, build the optimizer with a number in its place"
         return f"follows a schedule or another hyperparameter; to set it, {_made_live(self.shown.bare)}"
 
 
 def absent(name: str, shown: Iterable[str]) -> str:
-    """What is wrong where a state does not show a hyperparameter, and what to do."""
+    """The message for a hyperparameter that a state does not show: what is wrong, and what to do."""
     return (
         f"no hyperparameter {name!r} in this state, which shows {', '.join(shown) or 'none'}; {_CONSTANT}; to set it, "
         f"{_made_live(name)}"
@@ -55,12 +55,12 @@ _CONSTANT = "a constant is not in the state, gx.get_hyperparams(state, tx) shows
 
 
 def _made_live(name: str) -> str:
-    """The remedy, with the argument's name: that of the hyperparameter without the group that has it."""
+    """The remedy, with the argument's name, which is the hyperparameter's without its group."""
     return f"build the optimizer with {name.rpartition('/')[2]}=gx.live(…)"
 
 
 def located(state: Any) -> dict[str, Place]:
-    """Every hyperparameter in a state, by a name that no other has: led by its place where states share the name."""
+    """Every hyperparameter in a state, by a name of its own: with its place before it where states share the name."""
     found = [
         (path or (".",), Place(holder, shown, _values(holder)[shown.key]))
         for path, holder in holders(state, _holds)
@@ -71,7 +71,7 @@ def located(state: Any) -> dict[str, Place]:
 
 
 def distinct(found: Sequence[tuple[Path, str, str]]) -> list[str]:
-    """For each place, name and bare name: the name, led by the place where either is found in another place too."""
+    """The name of each (path, name, bare name), with the path before it if another path has either name too."""
     places: dict[str, set[Path]] = collections.defaultdict(set)
     for path, *names in found:
         for name in names:
@@ -79,13 +79,13 @@ def distinct(found: Sequence[tuple[Path, str, str]]) -> list[str]:
     return [name if len(places[name] | places[bare]) == 1 else "/".join((*path, name)) for path, name, bare in found]
 
 
-def numbered(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
-    """The names, but learning_rate_1, learning_rate_2 where one occurs twice, and a number where one is `taken`."""
-    used = {*names, *taken}
+def numbered(names: Sequence[str], reserved: Collection[str] = ()) -> list[str]:
+    """The names, told apart by numbers: learning_rate_1, learning_rate_2 for two alike; _2 for one in `reserved`."""
+    used = {*names, *reserved}
     unique: list[str] = []
     for name in names:
-        if names.count(name) > 1 or name in taken:
-            numbers = itertools.count(2 if name in taken else 1)
+        if names.count(name) > 1 or name in reserved:
+            numbers = itertools.count(2 if name in reserved else 1)
             name = next(new for number in numbers if (new := f"{name}_{number}") not in used)
             used.add(name)
         unique.append(name)
@@ -93,7 +93,7 @@ def numbered(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
 
 
 def replaced(state: Any, new: Mapping[tuple[int, str], Any]) -> Any:
-    """`state` with the values that `new` gives by the id of the holder and the key."""
+    """A copy of `state` with the values that `new` has, by the id of the state that holds each, and its key there."""
     inner, structure = jax.tree.flatten(state, is_leaf=_below(state, _holds))
     rebuilt = structure.unflatten([replaced(node, new) if _holds(node) else node for node in inner])
     if not _holds(state):
@@ -103,7 +103,7 @@ def replaced(state: Any, new: Mapping[tuple[int, str], Any]) -> Any:
 
 
 def holders(state: Any, holds: Callable[[Any], bool], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every state that `holds`, outermost first, and where it stands."""
+    """Every state for which `holds` is true, the outermost first, each after its path."""
     if holds(state):
         yield path, state
     nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_below(state, holds))
@@ -117,7 +117,7 @@ def _below(state: Any, holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _holds(state: Any) -> bool:
-    """Whether a state has hyperparameters of its own in a field, and not only within."""
+    """Whether a state itself has hyperparameters in a field, not only the states inside it."""
     field = "hyperparams" if _foreign(state) else "values"
     return field in getattr(state, "_fields", ()) and isinstance(getattr(state, field), Mapping)
 
@@ -137,12 +137,12 @@ _ANY = Range(-float("inf"), float("inf"), closed_high=True)
 
 
 def _foreign(state: Any) -> bool:
-    """Whether a state is no `State`, but such as that of optax.inject_hyperparams."""
+    """Whether a state is another library's, such as that of optax.inject_hyperparams."""
     return not hasattr(type(state), "_shown")
 
 
 class Hyperparams(Mapping[str, jax.Array]):
-    """What a state shows, by name: a dict to read, of which `jax.tree.map` makes dicts.
+    """What a state shows, by name: a mapping to read only, which `jax.tree.map` turns into a dict.
 
     Args:
       values: The values by name.
@@ -169,7 +169,7 @@ class Hyperparams(Mapping[str, jax.Array]):
         return repr(self._values)
 
     def _refuse(self, *given: Any, **named: Any) -> NoReturn:
-        """What every method that writes a dict does here: say what to call in its place."""
+        """Raise, in place of every method that would write to a dict, and say what to call instead."""
         names = (*(given[0] if given and isinstance(given[0], Mapping) else given[:1]), *named, *self)
         name = str(names[0])
         if name not in self._values:
@@ -182,15 +182,20 @@ class Hyperparams(Mapping[str, jax.Array]):
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
 
+def _plain(names: tuple[str, ...], values: Iterable[Any]) -> Any:
+    """What a mapped tree has in place of `Hyperparams`: a dict."""
+    return dict(zip(names, values, strict=True))
+
+
 jax.tree_util.register_pytree_with_keys(
     Hyperparams,
     lambda shown: ([(jax.tree_util.DictKey(name), shown[name]) for name in sorted(shown)], tuple(sorted(shown))),
-    lambda names, values: dict(zip(names, values, strict=True)),  # pyright: ignore[reportArgumentType] (copies are plain dicts)
+    _plain,
 )
 
 
 def _read(state: Any) -> Mapping[str, jax.Array]:
-    """The hyperparameters that change, at this step, for loggers to read; an AttributeError where there are none."""
+    """The hyperparameters that change, at this step, for loggers to read; raises AttributeError if there are none."""
     places = located(state)
     if not places:
         raise AttributeError(
@@ -210,4 +215,4 @@ READ_ONLY = (
 )
 
 shown_hyperparams = property(_read, _write)
-"""What `state.hyperparams` is, of every state of this library."""
+"""The property `hyperparams` of every state of this library."""

@@ -1,4 +1,4 @@
-"""What a chain is made of: rules, what sees whole trees, and groups of leaves with stages of their own."""
+"""What a chain is made of: rules, stages that see whole trees, and groups of leaves with stages of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from gradxform._core.body import Body
 from gradxform._core.hyperparameters import Hyperparameter
-from gradxform._core.masks import Both, Mask, Members, Table
+from gradxform._core.masks import Both, Mask, Members
+from gradxform._core.patterns import Table
 from gradxform._core.rule import Rule
 
 
@@ -36,7 +37,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """A stage that does something else in each group of leaves."""
+    """A stage that consists of other stages in each group of leaves."""
 
     table: Table
     groups: tuple[Group, ...]
@@ -44,10 +45,10 @@ class Groups:
     joint: bool
 
     def expanded(self) -> list[Rule | TreeStage]:
-        """The same as one sequence of stages that each act on some groups.
+        """The same as one sequence of stages, each of which acts on some of the groups.
 
-        Every group's stages keep their order. Stages that need all leaves at once, such as a global norm, are brought
-        in line, so that where several groups have one, it is one stage over all of them.
+        Every group's stages keep their order. Stages that need all leaves at once, such as a clip by the global norm,
+        are lined up, so that the groups which have such a stage share it.
         """
         turns = {index: list(_turns(self.groups[index].stages)) for index in self.table.order()}
         sequence: list[Rule | TreeStage] = []
@@ -61,7 +62,7 @@ class Groups:
         return sequence
 
     def _check_whole(self, stage: Rule | TreeStage, indices: list[int]) -> None:
-        """Raise if a norm is hidden in a stage that only some of the groups with norms share."""
+        """Raise if a norm is hidden in a tree stage that not all groups with norms share."""
         with_norms = {index for index, group in enumerate(self.groups) if any(map(measures, expanded(group.stages)))}
         if self.joint and isinstance(stage, TreeStage) and measures(stage) and not with_norms <= set(indices):
             raise ValueError(
@@ -74,17 +75,17 @@ class Groups:
             return [(stage, [index]) for stage, index in stages]
         shared = self._shared(stages)
         if len(shared) > 1:
-            (one, [first, *_]), (other, [second, *_]), *_ = shared
+            (stage, [group, *_]), (other, [other_group, *_]), *_ = shared
             raise ValueError(
-                f"by_path: {one!r} in {self.table.label(first)!r} and {other!r} in {self.table.label(second)!r} "
+                f"by_path: {stage!r} in {self.table.label(group)!r} and {other!r} in {self.table.label(other_group)!r} "
                 "need one norm over all leaves; give both the same numbers, or a norm per group with joint_norm=False"
             )
         return shared
 
     def _shared(self, stages: list[tuple[Rule | TreeStage, int]]) -> list[tuple[Rule | TreeStage, list[int]]]:
-        """Equal stages of different groups as one, where that keeps each group's order."""
+        """Each stage with the groups that share it: equal stages become one where that keeps every group's order."""
         merged: list[tuple[Rule | TreeStage, list[int]]] = []
-        last: dict[int, int] = {}  # how far each group has come in `merged`
+        last: dict[int, int] = {}  # the place in `merged` of each group's latest stage
         for stage, index in stages:
             start = last.get(index, -1) + 1
             alike = (i for i in range(start, len(merged)) if merged[i][0] == stage)
@@ -114,20 +115,20 @@ Stage: TypeAlias = Rule | TreeStage | Groups
 
 
 def expanded(stages: Sequence[Stage]) -> list[Rule | TreeStage]:
-    """The stages with groups resolved into stages that act on some leaves."""
-    return [one for stage in stages for one in (stage.expanded() if isinstance(stage, Groups) else [stage])]
+    """The stages, with groups resolved into stages that act on some of the leaves."""
+    return [flat for stage in stages for flat in (stage.expanded() if isinstance(stage, Groups) else [stage])]
 
 
 def hyperparameters_of(stage: Stage) -> list[Hyperparameter]:
-    """Those of its rules; of groups each group's, the default's first."""
+    """The hyperparameters of a stage's rules; of `Groups`, those of each group, the default's first."""
     if isinstance(stage, Groups):
-        members = (one for index in stage.table.order() for one in stage.groups[index].stages)
-        return [h for one in members for h in hyperparameters_of(one)]
+        members = (member for index in stage.table.order() for member in stage.groups[index].stages)
+        return [h for member in members for h in hyperparameters_of(member)]
     return stage.hyperparameters if isinstance(stage, Rule) else []
 
 
 def _turns(stages: Sequence[Stage]) -> Iterator[list[Rule | TreeStage]]:
-    """The stages in runs that each end with one that measures."""
+    """The stages in runs, each of which ends with a stage that measures."""
     turn: list[Rule | TreeStage] = []
     for stage in expanded(stages):
         turn.append(stage)

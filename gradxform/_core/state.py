@@ -13,7 +13,7 @@ from gradxform._core.shown import READ_ONLY, Shown, shown_hyperparams
 
 def state_type(slots: tuple[str, ...], shown: tuple[Shown, ...]) -> Any:
     """The class ``State(count, values, *slots)``, without `values` where no hyperparameter changes."""
-    with _ONE_AT_A_TIME:  # two threads would make two classes, and each refuse the states of the other
+    with _ONE_AT_A_TIME:  # else two threads might make two classes, each of which refuses the other's states
         return _state_type(slots, shown)
 
 
@@ -26,23 +26,23 @@ def _state_type(slots: tuple[str, ...], shown: tuple[Shown, ...]) -> Any:
     for name in slots:
         if name in _RESERVED:
             raise ValueError(
-                f"a rule keeps an array as {name!r}, which every state has for itself; give it another name"
+                f"a rule keeps an array under the name {name!r}, which every state uses itself; give it another name"
             )
     own = ("count", "values") if shown else ("count",)
     fields = collections.namedtuple("State", (*own, *slots))  # pyright: ignore[reportUntypedNamedTuple] (its fields are known only now)
 
     class State(fields):
-        """`count` updates done, `values` of the hyperparameters that change, and a tree like the parameters per moment.
+        """`count`: the updates done; `values`: the hyperparameters that change; a tree like the parameters per moment.
 
-        `values` holds live values by their names, where steps read them, and under ``scheduled/learning_rate`` what
-        follows a schedule, for `hyperparams` to show.
+        `values` holds live values under their names, from where steps read them. It also holds what follows a schedule,
+        under names such as ``scheduled/learning_rate``, for `hyperparams` to show.
         """
 
         __slots__ = ()
         _shown: ClassVar[tuple[Shown, ...]] = shown
         hyperparams = shown_hyperparams
 
-        def _replace(self, **changes: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (it says more)
+        def _replace(self, **changes: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (final to pyright, not to Python)
             if "hyperparams" in changes:
                 raise TypeError(READ_ONLY)
             return super()._replace(**changes)
@@ -58,11 +58,11 @@ def _restore(slots: tuple[str, ...], shown: tuple[Shown, ...], values: tuple[Any
 
 
 inner_hyperparams = shown_hyperparams
-"""What `hyperparams` is of a wrapper's state: those of the states within, for trackers that look at the top."""
+"""The property `hyperparams` of a wrapper's state: those of the states inside it, for trackers that look no deeper."""
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """Number repeated names in order of appearance: mu, nu, mu_2; with a number that no other name has."""
+    """Number repeated names in order of appearance: mu, nu, mu_2; the numbered name is one that no other has."""
     seen: collections.Counter[str] = collections.Counter()
     unique: list[str] = []
     for name in names:

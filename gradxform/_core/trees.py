@@ -27,12 +27,12 @@ _REAL_PART = "take the real part of the gradient first"
 
 
 def concrete(value: Any) -> bool:
-    """Whether the numbers of `value` can be looked at now."""
+    """Whether `value` has its numbers already, and is no tracer."""
     return not isinstance(value, Tracer)
 
 
 def unless(accepted: Any, old: Any, new: Any) -> Any:
-    """`new`, but `old` where a step is not `accepted`; None accepts it in any case."""
+    """`new` where a step is `accepted`, else `old`; None stands for accepted."""
     return new if accepted is None else jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
 
 
@@ -49,12 +49,12 @@ def aval(leaf: Any) -> Aval:
 
 
 def rests(leaf: Any) -> bool:
-    """Whether a leaf of parameters is a function, as whole Equinox models have them: nothing that is trained."""
+    """Whether a leaf of the parameters is a function, as in whole Equinox models, and so is not trained."""
     return callable(leaf) and aval(leaf)[1] is None
 
 
 def avals(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """`aval` of each leaf, None for None; what is no array has its type and value in place of a shape."""
+    """`aval` of each leaf, None for None; a leaf that is no array has its type and value in place of a shape."""
     return tuple(
         [
             (known.shape, known.dtype) if (known := getattr(leaf, "aval", None)) is not None else _aval_or_text(leaf)
@@ -71,7 +71,7 @@ def _aval_or_text(leaf: Any) -> Any:
 
 
 def dtype_of(leaf: Any) -> np.dtype[Any]:
-    """The dtype of a leaf that `flatten` has let pass."""
+    """The dtype of a leaf that is known to be an array or a number."""
     dtype = aval(leaf)[1]
     assert dtype is not None
     return dtype
@@ -96,7 +96,7 @@ def is_complex(dtype: np.dtype[Any] | None) -> bool:
 
 
 def check_trainable(argument: str, structure: Any, index: int, of: Any) -> None:
-    """Raise unless a leaf, of which `avals` said this, is a floating-point or complex array."""
+    """Raise unless a leaf is a floating-point or complex array; `of` is its `avals`."""
     text, dtype = of
     if trainable(dtype):
         return
@@ -123,8 +123,8 @@ def check_same_structure(argument: str, structure: Any, other: str, other_struct
     elif extra is not None:
         what = f"{argument}{extra} has no counterpart in {other}"
     else:
-        one, another = (tree.unflatten(range(tree.num_leaves)) for tree in (structure, other_structure))
-        what = difference(argument, one, other, another) or f"{argument} and {other} differ in structure"
+        tree, other_tree = (each.unflatten(range(each.num_leaves)) for each in (structure, other_structure))
+        what = difference(argument, tree, other, other_tree) or f"{argument} and {other} differ in structure"
     raise ValueError(f"{what}; {remedy}")
 
 
@@ -147,12 +147,12 @@ def check_update(
     raise TypeError(f"{name} is {dtype}, {param_name} is {param_dtype}; {remedy}")
 
 
-def check_scalar(argument: str, value: Any, kind: Any) -> None:
-    """Raise unless `value` is a 0-d array of this kind of dtype."""
+def check_scalar(argument: str, value: Any, family: Any) -> None:
+    """Raise unless `value` is a 0-d array of a dtype of this family, such as `np.integer`."""
     shape, dtype = aval(value)
-    if shape != () or dtype is None or not jnp.issubdtype(dtype, kind):
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, family):
         raise ValueError(
-            f"{argument} is {describe(value)}, it must be a scalar ({kind.__name__}); "
+            f"{argument} is {describe(value)}, it must be a scalar ({family.__name__}); "
             "a state of several runs goes through jax.vmap"
         )
 

@@ -33,14 +33,14 @@ def largest_square(dtype: Any) -> float:
 
 def strong(x: Any, dtype: Any) -> bool:
     """Whether `x` is an array of just this dtype, not a Python number or weakly typed."""
-    kind = getattr(x, "aval", x)
-    return hasattr(kind, "dtype") and kind.dtype == dtype and not getattr(kind, "weak_type", False)
+    aval = getattr(x, "aval", x)
+    return hasattr(aval, "dtype") and aval.dtype == dtype and not getattr(aval, "weak_type", False)
 
 
 def cast(x: Any, dtype: Any) -> Array:
     """`x` rounded to `dtype`; a finite number too large for it becomes its largest, not infinity."""
     known = getattr(x, "aval", None)
-    if known is not None and known.dtype == dtype and not known.weak_type:  # as `strong`, which is asked so often
+    if known is not None and known.dtype == dtype and not known.weak_type:  # `strong`, written out for speed
         return x
     x = jnp.asarray(x)
     if jnp.issubdtype(dtype, jnp.complexfloating) and x.dtype != dtype:
@@ -55,7 +55,7 @@ def cast(x: Any, dtype: Any) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def widened_apart(x: Array, dtype: Any) -> Array:
-    """`x` in a wider dtype, a bfloat16 by its bits: XLA would write out a conversion that a reduction makes as well."""
+    """`x` in a wider dtype; a bfloat16 by its bits: a conversion that a reduction makes as well is written out (X3)."""
     if x.dtype != jnp.bfloat16 or dtype != np.float32:
         return cast(x, dtype)
     bits = jax.lax.bitcast_convert_type(x, np.uint16).astype(np.uint32) << np.uint32(16)
@@ -74,16 +74,16 @@ def no_update(x: Array) -> Array:
 
 
 def clamp(x: Array, limit: float) -> Array:
-    """`x` within ±limit, infinities too; a complex `x` keeps its phase."""
+    """`x` bounded by ±limit, infinities too; a complex `x` keeps its phase."""
     if jnp.iscomplexobj(x):
         largest = largest_part(x)
         return x * jnp.where(largest > limit / 2, limit / 2 / largest, 1)
     low, high = np.asarray((-limit, limit), x.dtype)
-    return jax.lax.clamp(low, x, high)  # one operation where two of jnp would be
+    return jax.lax.clamp(low, x, high)  # one operation, of which jnp.clip makes two
 
 
 def parts(x: Array) -> list[Array]:
-    """Real and imaginary part, or what is real."""
+    """The real and the imaginary part of a complex `x`; a real `x` alone."""
     return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
 
 
@@ -93,7 +93,7 @@ def largest_part(x: Array) -> Array:
 
 
 def zero_if_finite(x: Array) -> Array:
-    """0 where `x` is finite, NaN where it is not: added, it lets a non-finite input be seen."""
+    """0 where `x` is finite, NaN where it is not: added to a result, it shows that an input was not finite."""
     nothing = x - x
     return nothing.real + nothing.imag if jnp.iscomplexobj(x) else nothing
 
@@ -115,12 +115,12 @@ def is_constant(number: Any, value: float) -> bool:
 
 
 def plus(number: Any, x: Array) -> Array:
-    """number + x, and `x` itself where that is a constant 0: what is never traced is never compiled."""
+    """number + x; `x` itself if the number is a constant 0: what is not traced is not compiled."""
     return x if is_constant(number, 0.0) else number + x
 
 
 def times(number: Any, x: Array) -> Array:
-    """number · x, and `x` itself where that is a constant 1."""
+    """number · x; `x` itself if the number is a constant 1."""
     return x if is_constant(number, 1.0) else number * x
 
 
@@ -132,7 +132,7 @@ def abs_squared(x: Array, scale: Array | float | None = None) -> Array:
 
 @jax.custom_jvp
 def root(x: Array) -> Array:
-    """√x for x ≥ 0; its derivative counts as 0 at 0, so that that of a quotient like m/(√v + ε) is right there."""
+    """√x for x ≥ 0, whose derivative counts as 0 at 0: then quotients like m/(√v + ε) have the right one there."""
     return jnp.sqrt(x)
 
 

@@ -18,7 +18,7 @@ from gradxform.numerics.arithmetic import Array, abs_squared, cast, is_constant,
 def norm(x: Array, axes: tuple[int, ...] | None = None) -> Array:
     """‖x‖₂ in at least float32, right from the smallest to the largest floats: of all elements, or along `axes`.
 
-    What exceeds the largest float counts as it. The derivative is x/‖x‖, 0 where ‖x‖ is.
+    A norm that exceeds the largest float counts as the largest float. The derivative is x/‖x‖, and 0 where ‖x‖ = 0.
     """
     kept = axes is not None
     largest = jnp.max(largest_part(x), axes, initial=0.0, keepdims=kept)
@@ -37,11 +37,11 @@ def _(axes: tuple[int, ...] | None, primals: tuple[Array], tangents: tuple[Array
 def joint_norms(groups: Sequence[Sequence[Array]], dtype: Any) -> Array:
     """‖x‖₂ of each group of arrays of one shape, as if they were one array, in this dtype; see `norm`.
 
-    In one pass over all that is not out of the ordinary. What is, is seen in the sums of squares: then they are taken
-    again of numbers scaled up or down, so what is tiny beside the largest group may count as 0.
+    Arrays of ordinary size are read once. Extreme sizes show in the sums of squares: these are then taken again, of
+    numbers that are scaled up or down, so what is tiny beside the largest group may count as 0.
     """
     apart = [len(group) == 1 and group[0].size > SMALL for group in groups]
-    large, small = ([i for i, one in enumerate(apart) if one is kind] for kind in (True, False))
+    large, small = [i for i, alone in enumerate(apart) if alone], [i for i, alone in enumerate(apart) if not alone]
     norms = [_norms_one_by_one([groups[i][0] for i in large], dtype)] if large else []
     norms += [_scaled_norms([_few(groups[i]) for i in small], dtype)] if small else []
     return jnp.concatenate(norms)[np.argsort(large + small)] if len(norms) > 1 else norms[0]
@@ -53,33 +53,33 @@ def _(dtype: Any, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Arr
     sizes = joint_norms(groups, dtype)
     pairs = [zip(group, way, strict=True) for group, way in zip(groups, ways, strict=True)]
     sums = [
-        functools.reduce(jax.lax.add, [jnp.sum(_along(cast(x, dtype), size, cast(way, dtype))) for x, way in some])
-        for size, some in zip(sizes, pairs, strict=True)
+        functools.reduce(jax.lax.add, [jnp.sum(_along(cast(x, dtype), size, cast(way, dtype))) for x, way in group])
+        for size, group in zip(sizes, pairs, strict=True)
     ]
     return sizes, jnp.stack(sums)
 
 
 def _along(x: Array, size: Array, way: Array) -> Array:
-    """What each element adds to the derivative of ‖x‖ along a way: x/‖x‖ times it, 0 where ‖x‖ is."""
+    """What each element adds to the derivative of ‖x‖ along `way`: x/‖x‖ times the way, and 0 where ‖x‖ = 0."""
     divisor = jnp.where(size > 0, size, 1)
     return functools.reduce(
-        jax.lax.add, [one / divisor * other for one, other in zip(parts(x), parts(way), strict=True)]
+        jax.lax.add, [part / divisor * of_way for part, of_way in zip(parts(x), parts(way), strict=True)]
     )
 
 
 SMALL = 1 << 16
 """Elements up to which arrays of a shape are summed together; beyond, that is slower than one by one."""
 _TINY = 1 << 12
-"""Elements up to which all arrays of a shape are put into one: a copy of little, for far less to compile."""
+"""Elements up to which all arrays of a shape are copied into one: the copies are small, and far less is compiled."""
 _RUN = 32
-"""How many others are added up in one kernel."""
+"""How many larger arrays are added up in one kernel."""
 
 
 def _norms_one_by_one(arrays: Sequence[Array], dtype: Any) -> Array:
-    """The norm of each array, all of them taken again only if the largest is out of the ordinary."""
+    """The norm of each array; all norms are taken again if the largest is extreme."""
 
     def squares(scale: float | None = None) -> Array:
-        # in each branch a number that all kernels know, and one reduction: what two of them read XLA would write out
+        # a constant scale in each branch, and only one reduction, for what two reductions read is written out (X3)
         return jnp.stack([jnp.sum(abs_squared(cast(x, dtype), scale)) for x in arrays])
 
     def scaled(scale: float) -> Array:
@@ -90,7 +90,10 @@ def _norms_one_by_one(arrays: Sequence[Array], dtype: Any) -> Array:
     info, largest = jnp.finfo(plain.dtype), jnp.max(plain)
     up, down = _up_and_down(info.dtype)
     usual = (largest > 2.0 ** (info.minexp // 2)) & (largest < float(info.max))
-    unusual = lambda: jax.lax.cond(largest < 1, lambda: scaled(up), lambda: scaled(down))  # noqa: E731 (a branch)
+
+    def unusual() -> Array:
+        return jax.lax.cond(largest < 1, lambda: scaled(up), lambda: scaled(down))
+
     return jax.lax.cond(usual, lambda: jnp.sqrt(plain), unusual)
 
 
@@ -112,40 +115,41 @@ def _scaled_norms(groups: Sequence[Sequence[Array]], dtype: Any) -> Array:
         largest = jnp.max(sizes)
         return (number == 0) | ((number == 1) & ~((largest > lowest) & (largest < highest)))
 
-    # 0, but inside shard_map it varies over the mesh as the arrays do, for what a loop carries must not change in that
+    # 0, but inside shard_map one that varies over the mesh as the arrays do: what a loop carries must keep its type
     nothing = sum((jnp.sum(jnp.where(False, group[0].real, 0)) for group in groups), jnp.zeros((), info.dtype))
     start = (jnp.zeros((), np.int32), 1 + nothing, jnp.zeros(len(groups), info.dtype) + nothing)
     return jax.lax.while_loop(unusual, attempt, start)[2]
 
 
 def runs(group: Sequence[Array]) -> list[Sequence[Array]]:
-    """As many arrays of one shape as are well put together before a sum is taken: each sum is a kernel."""
+    """Arrays of one shape in runs that are added up before a sum is taken, for each sum is a kernel (X3)."""
     length = len(group) if group[0].size <= _TINY else _RUN
     return [group[i : i + length] for i in range(0, len(group), length)]
 
 
 def _few(group: Sequence[Array]) -> Sequence[Array]:
-    """A group as one array, if its arrays are tiny and more than are added up in a kernel."""
+    """A group as one array, if its arrays are tiny and too many to add up in one kernel."""
     return [jnp.stack(group)] if len(group) > _RUN and group[0].size <= _TINY else group
 
 
 def _sum_of_squares(arrays: Sequence[Array], scale: Array, dtype: Any) -> Array:
-    some = [_squares(dtype, arrays[i : i + 8], scale) for i in range(0, len(arrays), 8)]
-    return jnp.sum(functools.reduce(jax.lax.add, some))
+    squares = [_squares(dtype, arrays[i : i + 8], scale) for i in range(0, len(arrays), 8)]
+    return jnp.sum(functools.reduce(jax.lax.add, squares))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _squares(dtype: Any, arrays: Sequence[Array], scale: Array) -> Array:
-    """The squares of arrays of one shape, added up: traced once for all that are as many."""
+    """The squares of arrays of one shape, added up; traced once for each number of arrays."""
     wide = jnp.broadcast_to(scale, arrays[0].shape)
     return functools.reduce(jax.lax.add, [abs_squared(cast(x, dtype), wide) for x in arrays])
 
 
 def _scale_for(largest: Array) -> Array:
-    """A power of two by which numbers up to this one may be multiplied, squared and added up.
+    """A power of two by which numbers up to `largest` may be multiplied before they are squared and added up.
 
-    In float32 it is 1 from 2⁻²⁰ to 2⁴⁴, and what is scaled ends up between 2⁻⁶³ and 2⁴⁸: the squares of 2³⁰ such
-    numbers have a sum, and 2³⁰ whose squares are no normal numbers take nothing from it. In float64 eight times as far.
+    In float32 it is 1 for a largest number from 2⁻²⁰ to 2⁴⁴, and scaled numbers end up between 2⁻⁶³ and 2⁴⁸: the
+    squares of 2³⁰ such numbers have a finite sum, and 2³⁰ numbers whose squares are not normal take nothing from it. In
+    float64 the exponents are eight times as large.
     """
     half, (up, down) = jnp.finfo(largest.dtype).maxexp // 2, _up_and_down(largest.dtype)
     scale = jnp.where(largest > 2.0 ** (11 * half // 16), down, jnp.where(largest < 2.0 ** (-5 * half // 16), up, 1.0))
@@ -153,9 +157,9 @@ def _scale_for(largest: Array) -> Array:
 
 
 def _up_and_down(dtype: Any) -> tuple[float, float]:
-    """The powers of two by which numbers too small and too large to be squared are multiplied before."""
+    """The powers of two by which numbers too small, and too large, to be squared are multiplied first."""
     half = jnp.finfo(dtype).maxexp // 2
-    # the square of the first is finite: XLA may pull it out of the sum of a constant x, and 0·∞ is NaN
+    # the square of the first is finite: XLA may move it out of the sum of a constant x, and 0·∞ is NaN
     return 2.0 ** (half - 1), 2.0 ** (-5 * half // 4)
 
 
@@ -165,7 +169,7 @@ def _saturated(size: Array, largest: Array) -> Array:
 
 
 def factor_to(size: Array, limit: Any) -> Array:
-    """What brings `size` down to `limit`: min(1, limit/size), NaN where the size is not finite; 1 if no limit is."""
+    """The factor that brings `size` down to `limit`: min(1, limit/size), NaN if size is not finite; 1 for no limit."""
     if is_constant(limit, math.inf):
         return jnp.ones_like(size)
     over = size > limit
@@ -173,7 +177,7 @@ def factor_to(size: Array, limit: Any) -> Array:
     above = jnp.where(over, jnp.maximum(limit, size * smallest_normal(size.dtype)), 1)
     known = jnp.isfinite(size) if isinstance(limit, float) else jnp.isfinite(size) | jnp.isposinf(limit)
     below = jnp.where(known, jnp.where(over, size, 1), jnp.nan)
-    return above / below  # last: XLA divides once, and repeats what follows in the kernels of all leaves
+    return above / below  # the quotient last: what followed would be repeated in the kernels of all leaves (X9)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

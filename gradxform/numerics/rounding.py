@@ -12,16 +12,16 @@ from gradxform.numerics.arithmetic import Array, cast, clamp
 
 
 def round_to(x: Array, dtype: Any, bits: Array | None = None) -> Array:
-    """`x` on the grid of a narrower `dtype`, but kept in its own: to nearest, or at random where `bits` are given.
+    """`x` rounded to the grid of a narrower `dtype`, in its own dtype: to nearest, or at random if `bits` are given.
 
     Stochastic rounding takes the neighbour above with a probability that is the distance from the one below, so that
-    its mean is `x`, and what lies on the grid stays. Done on the integers, since XLA may elide a pair of conversions.
+    its mean is `x`, and what lies on the grid stays. It is done on the bits (X8).
     """
     info, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
     if info.bits >= own.bits:
         return x
     x = jnp.where(jnp.isinf(x), x, clamp(x, float(info.max)))
-    if x.dtype != np.float32:  # float64: its last bits count for nothing beside those dropped
+    if x.dtype != np.float32:  # float64, whose last bits are negligible beside those dropped
         return round_to(x.astype(np.float32), dtype, bits).astype(x.dtype)
     dropped = own.nmant - info.nmant
     if bits is None:
@@ -30,7 +30,7 @@ def round_to(x: Array, dtype: Any, bits: Array | None = None) -> Array:
         kept = np.uint32((1 << 32) - (1 << dropped))
         raised = jax.lax.bitcast_convert_type(x, np.uint32) + (bits >> np.uint32(32 - dropped))
         grid = jax.lax.bitcast_convert_type(raised & kept, np.float32)
-    if info.minexp > own.minexp:  # below the normal numbers the grid is even
+    if info.minexp > own.minexp:  # below the normal numbers the grid is evenly spaced
         steps = x / float(info.smallest_subnormal)
         steps = jnp.round(steps) if bits is None else up_or_down(steps, bits)
         even = steps * float(info.smallest_subnormal)
@@ -39,10 +39,10 @@ def round_to(x: Array, dtype: Any, bits: Array | None = None) -> Array:
 
 
 def own_bits(x: Array, seed: Array) -> Array:
-    """32 bits per float32 number of which the upper ones are random: those of the number times an odd one of the seed.
+    """32 bits per float32 number, the upper ones random: the bits of the number, times an odd number made of the seed.
 
-    No device needs to know where in the array a number is. Equal numbers of one step get equal bits, which moments can
-    bear; `random_bits` are for what cannot.
+    No device needs to know where in the array a number is. Equal numbers of one step get equal bits, which does no harm
+    to moments; where it would, use `random_bits`.
 
     References:
       Dietzfelbinger et al. 1997, J. Algorithms 25 (multiply and shift: pairs collide at most twice as often as by
@@ -54,9 +54,9 @@ def own_bits(x: Array, seed: Array) -> Array:
 
 def rounded_at_random(x: Array, dtype: Any, seed: Array) -> Array:
     """`x` rounded stochastically to an array of `dtype`, with `own_bits`."""
-    if x.dtype != np.float32:  # float64: its last bits count for nothing beside those dropped
+    if x.dtype != np.float32:  # float64, whose last bits are negligible beside those dropped
         return rounded_at_random(cast(x, np.float32), dtype, seed)
-    # in few operations, for they are all that a step of bfloat16 moments waits for
+    # in few operations, for a step with bfloat16 moments waits for nothing else
     bits = own_bits(x, seed)
     if dtype != jnp.bfloat16:
         return jax.lax.convert_element_type(round_to(x, dtype, bits), dtype)

@@ -1,4 +1,4 @@
-"""Against steps that are too large for here and now: bounds that follow the parameters or the past."""
+"""Against steps that are too large: bounds that follow the parameters or the past."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def clip_by_param_norm(
 ) -> Transformation:
     """uᵢ ← uᵢ·min(1, c·max(‖θᵢ‖, ε)/‖uᵢ‖) for every unit i: adaptive gradient clipping, AGC.
 
-    A unit is what feeds one output: a column of a Dense kernel, a filter of a convolution; a vector or a scalar is
-    one unit.
+    A unit is all the weights of one output: a column of a Dense kernel, a filter of a convolution. A vector or a scalar
+    is one unit.
 
     Args:
       max_ratio: c > 0; infinity changes nothing.
@@ -74,14 +74,14 @@ def clip_by_zscore(
 ) -> Transformation:
     """n = ‖u‖, z = (n − μ)/(σ + ε);  n* = μ + c²·σ/z if z > c else n;  u ← u·min(1, min(n*, b)/n): ZClip.
 
-    μ and σ² are the mean and variance of the last norms: of the first ``warmup`` as they are, then moving averages of
-    n*. Norms that are not finite do not enter them. For constant norms σ is 0 and what exceeds μ becomes μ.
+    μ and σ² are the mean and variance of the norms: of the first ``warmup`` norms as they are, then moving averages of
+    n*. Norms that are not finite do not enter them. If the norms were constant, σ is 0, and a norm above μ becomes μ.
 
     Args:
       threshold: c > 0, in standard deviations.
       decay: Of the moving averages, in [0, 1).
       warmup: How many steps are only recorded, and clipped to ``max_norm``, at least 1.
-      max_norm: b > 0, which no norm exceeds; None or infinity for no such bound.
+      max_norm: b > 0, a bound on every norm; None or infinity for no such bound.
       eps: ε ≥ 0.
       axis_name: See `clip_by_global_norm`.
 
@@ -133,15 +133,15 @@ def clip_by_average_norm(
 ) -> Transformation:
     """uᵢ ← uᵢ·min(1, c·γᵢ/‖uᵢ‖),  γᵢ ← β·γᵢ + (1 − β)·‖uᵢ‖ for every leaf i: AdaGC.
 
-    In the first ``warmup`` − 1 steps, and where a leaf was zero so far, u is clipped by its global norm, and γᵢ is the
-    least norm of the leaf, zeros left out. Norms that are not finite do not enter γ.
+    In the first ``warmup`` − 1 steps, and while a leaf has been zero, u is clipped by its global norm, and γᵢ is the
+    least norm of the leaf so far, not counting zeros. Norms that are not finite do not enter γ.
 
     Args:
       max_ratio: c > 0, how much longer than usual a leaf may be; infinity for no bound.
       decay: β in [0, 1).
-      warmup: Number of the first step whose bound is the leaf's own, at least 1; a leaf's first gradient never is.
+      warmup: Number of the first step that is bounded by the leaf's own norm, at least 1; its first gradient is not.
       max_norm: The bound of the global norm before that, positive; infinity for none.
-      eps: The least γ that counts, ≥ 0.
+      eps: The least γ in the bound, ≥ 0.
       axis_name: See `clip_by_global_norm`.
 
     Returns:
@@ -180,7 +180,7 @@ def clip_by_average_norm(
 
 def _axes(axis: Any) -> tuple[int, ...]:
     axes = axis if isinstance(axis, tuple | list) else (axis,)
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in axes):
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in axes):
         raise TypeError(f"axis must be a whole number or a sequence of them, got {axis!r}")
     return tuple(axes)
 
@@ -218,7 +218,7 @@ def _gather_zscore(measured: Any, step: Step) -> dict[str, Array]:
     usual = jnp.where(spike, mean + step.threshold**2 * deviation / jnp.where(spike, zscore, 1), size)
     weight = jnp.where(adaptive, 1 - step.decay, 1 / number)
     new_mean = lerp(mean, usual, weight)
-    # before, Welford's recurrence gives the population's variance; after, ZClip takes the new mean alone
+    # Welford's recurrence gives the population's variance in the warmup; afterwards ZClip takes the new mean alone
     largest = largest_square(size.dtype)  # a variance that overflowed would never let anything be clipped again
     off, off_before = clamp(usual - new_mean, largest), clamp(usual - mean, largest)
     square = off * jnp.where(adaptive, off, off_before)

@@ -104,7 +104,7 @@ def _heavy_ball(update: Array, state: Slots, param: Array | None, step: Step) ->
 
 
 def _ahead(mu: Array, weighted: Array, step: Step) -> Array:
-    """Nesterov: the momentum as the next step would find it, of the old one and the update with its weight."""
+    """Nesterov's lookahead: the momentum after another step with the same update, `weighted` by its weight."""
     if step.debias:
         mu, weighted = mu * step.next, weighted * step.now
     return step.decay * mu + weighted

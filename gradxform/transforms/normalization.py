@@ -41,8 +41,8 @@ def normalize_by_rms(
 
     A quotient with two branches on one input: the numerator is what ``of`` makes of the update, the
     denominator is the root mean square of the same update. 0/0 is 0, so ε = 0 is allowed. |u| counts as at
-    most half the root of the largest float (9.2e18 in float32), so that no finite update overflows v; an
-    infinite one makes the update NaN.
+    most half the root of the largest float (9.2e18 in float32), so that no finite update overflows v; where u
+    is infinite, it becomes NaN.
 
     Args:
       decay: γ in [0, 1); 0 divides each element by its own magnitude.
@@ -54,8 +54,8 @@ def normalize_by_rms(
         place of the RMS.
       initial_scale: What v starts from, at the first update.
       state_dtype: Dtype of the state ``nu``, shaped like the parameters and real for complex ones; default
-        float32 (float64 for float64 leaves). bfloat16 is rounded stochastically, since to nearest v sticks
-        (a change by 0.1 % is less than half a step); float16 has not the range.
+        float32 (float64 for float64 leaves). bfloat16 is rounded stochastically, since v rounded to nearest
+        would not change (0.1 % is less than half a step); the range of float16 is too small.
 
     Raises:
       TypeError, ValueError: if a number is out of its range, or ``of`` needs every leaf at once.
@@ -188,7 +188,7 @@ def _squares(update: Array, limit: float, step: Step) -> tuple[Array, Array]:
 
 
 def _before(nu: Array, initial: Any, step: Step) -> Array:
-    """v before this step; before the first it is what it starts from."""
+    """v before this step; before the first step it is the initial value."""
     return nu if is_constant(initial, 0.0) else nu + step.start
 
 

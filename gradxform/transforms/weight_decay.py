@@ -17,12 +17,12 @@ def add_decoupled_weight_decay(weight_decay: Numeric = 1e-4, mask: MaskLike | No
 
     Args:
       weight_decay: λ ≥ 0, per unit of learning rate.
-      mask: Which leaves decay, default all; one of four:
+      mask: Which leaves decay, by default all; one of these four:
 
         - a path pattern: a regular expression, a string or compiled, that matches whole paths like ``dense/kernel``;
         - a tree of booleans, or a prefix of one. It is read as a tree even if it can be called, as Equinox modules can;
-        - a function ``(path, leaf) -> bool``, asked of each leaf: two required arguments, any number of others;
-        - a function ``(params) -> tree of booleans``, asked once: one argument and no other. It gets the parameters as
+        - a function ``(path, leaf) -> bool``, called for each leaf: two required arguments, any number of others;
+        - a function ``(params) -> tree of booleans``, called once: one argument and no other. It gets the parameters as
           ``init`` and ``update`` get them, also in a group of `by_path` and beside frozen leaves, and answers for every
           leaf; what `optax.masked` leaves out is an `optax.MaskedNode` in both.
 

@@ -15,13 +15,14 @@ from gradxform._core.arguments import axes, count_of, one_of, visible_dtype
 from gradxform._core.body import Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import increment
-from gradxform._core.hyperparameters import live, scheduled
+from gradxform._core.hyperparameters import live
 from gradxform._core.leaves import Leaf, Leaves, masked, no_update
 from gradxform._core.lift import lift
 from gradxform._core.measures import all_finite
 from gradxform._core.rule import Array, Slots, Step
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import ANEW, concrete, unless
+from gradxform._core.values import scheduled
 from gradxform.numerics.arithmetic import cast, lerp
 
 
@@ -61,12 +62,12 @@ def accumulate(
     With k mini-batches of equal size that make up the data set, ``accumulate(sgd(α), every=k)`` is gradient
     descent on the full batch at the memory of a mini-batch. The inner transformation runs, and its
     schedules and moments advance, only at every k-th call. A gradient that is not finite is left out of the mean
-    and counted; if all k are, the inner transformation gets the last as it is, so that the failure shows.
+    and counted; if none of the k is finite, the inner transformation gets the last one, so that the failure shows.
 
     Args:
       tx: Any transformation.
       every: k ≥ 1, calls per step; or a schedule of it, a function of the number of steps taken so far, such as
-        `optax.piecewise_constant_schedule`. A state that holds more gradients than that steps at the next call.
+        `optax.piecewise_constant_schedule`. If more gradients are pending than it asks for, the next call steps.
       reduction: ``"mean"``, or ``"sum"`` of the gradients in place of their mean.
       axis_name: See `skip_nonfinite`.
 
@@ -90,8 +91,8 @@ def accumulate(
     """
     body = body_of("tx of accumulate", tx)
     every = every if callable(every) else count_of("every", every)
-    how = one_of("reduction", reduction, "mean", "sum")
-    return Transformation.of(Accumulate(body, every, how, axes("axis_name", axis_name)))
+    reduction = one_of("reduction", reduction, "mean", "sum")
+    return Transformation.of(Accumulate(body, every, reduction, axes("axis_name", axis_name)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -116,7 +117,9 @@ class Accumulate(Wrapper):
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type("accumulate", state, AccumulateState)
         if params is None and self.needs_params:
-            raise ValueError("accumulate goes around what needs the parameters: call update(updates, state, params)")
+            raise ValueError(
+                "accumulate wraps a transformation that needs the parameters: call update(updates, state, params)"
+            )
         frozen = self.tx.frozen(updates if params is None else params)
         leaves = Leaves.of(updates, params, frozen)
         gradient, seen = self._seen(leaves, frozen, updates, state, params, call)
@@ -132,7 +135,7 @@ class Accumulate(Wrapper):
     def _seen(
         self, leaves: Leaves, frozen: list[bool], updates: Any, state: AccumulateState, params: Any, call: Call
     ) -> tuple[Any, AccumulateState]:
-        """The mean with this gradient in it, as the inner transformation gets it, and the state with it."""
+        """What the inner transformation gets, this gradient included, and the state with this gradient in its mean."""
         acts = [not rests for rests in frozen]
         finite = all_finite(leaves, acts, call, self.name, self.axis_name or ()).astype(jnp.int32)
         given = [leaf.update for leaf in leaves.leaves]
@@ -178,11 +181,11 @@ class Accumulate(Wrapper):
         return jnp.ceil(jnp.asarray(calls, jnp.float32)).astype(jnp.int32)
 
     def _reduced(self, mean: Array, kept: Array) -> Array:
-        """What the inner transformation gets, of the mean of so many gradients."""
+        """What the inner transformation gets: the mean of `kept` gradients, or their sum."""
         return mean if self.reduction == "mean" else mean * kept.astype(mean.real.dtype)
 
     def _waiting(self, leaves: Leaves, seen: AccumulateState, call: Call) -> tuple[Any, AccumulateState, Report]:
-        """What a call gives at which no step is due."""
+        """The result of a call at which no step is due."""
         results = [
             no_update(leaf.update if leaf.param is None else leaf.param, self._dtype(leaf))
             if self._adds(leaf, call)
@@ -192,7 +195,7 @@ class Accumulate(Wrapper):
         return leaves.result(call.wants, results), seen, {name: jnp.zeros((), jnp.float32) for name in self.reports}
 
     def _adds(self, leaf: Leaf, call: Call) -> bool:
-        """Whether an update is wanted of a leaf, not the parameter after it."""
+        """Whether an update of the leaf is wanted, not the new parameter."""
         kept = call.wants == "params" or isinstance(leaf.param, encoded.EncodedParam)
         return leaf.update is not None and not kept
 
@@ -206,7 +209,7 @@ def _zeros(param: Array) -> Slots:
 
 
 def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
-    first = step.number == 1  # what the mean was before does not matter then, so nobody needs to reset it
+    first = step.number == 1  # the first gradient replaces the old mean, so nobody needs to reset it
     mean = jnp.where(first, update, lerp(state["mean"], update, 1 / step.number))
     # while no gradient was finite, the last one stands for the mean, so that the failure shows
     mean = step.keep("mean", jnp.where((step.finite > 0) | first, mean, state["mean"]))

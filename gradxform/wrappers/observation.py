@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from gradxform._core.body import Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
 from gradxform._core.encoded import EncodedParam, decoded
 from gradxform._core.leaves import Leaves
-from gradxform._core.masks import Table, table_of
 from gradxform._core.measures import bad_leaves, global_norm, leaf_norms, total
+from gradxform._core.patterns import Table, table_of
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import unless
 
@@ -55,11 +56,11 @@ def observe(
 
     Args:
       tx: Any transformation.
-      by: What to tell apart besides: ``"leaf"``, ``"group"`` (those of `by_path` in ``tx``), or a dict from names to
-        path patterns, whose leaves may overlap; adds ``grad_norm/<name>`` and so on. None for totals only.
-      of: ``"all"``, or ``"gradient"`` for its norm alone (``grad_norm``, ``nonfinite`` and what ``tx`` tells), which
-        is at hand where ``tx`` clips or guards. The norms of update and parameters need the update as an array of
-        its own, which a compiled step does not have otherwise; on a CPU a step of AdamW takes three times the time.
+      by: Which parts to measure besides the whole: ``"leaf"``, ``"group"`` (those of `by_path` in ``tx``), or a dict
+        from names to path patterns, whose leaves may overlap; adds ``grad_norm/<name>`` and so on. None for no parts.
+      of: ``"all"``, or ``"gradient"`` for ``grad_norm``, ``nonfinite`` and what ``tx`` tells alone; the norm is known
+        already where ``tx`` clips or guards. The norms of update and parameters need the update as an array of its own,
+        which a compiled step does not have otherwise; on a CPU a step of AdamW takes three times the time.
       axis_name: See `clip_by_global_norm`.
 
     Returns:
@@ -92,7 +93,7 @@ def observe(
     elif by not in (None, "leaf", "group"):
         raise TypeError(f"by must be 'leaf', 'group', a dict from names to patterns, or None, got {by!r}")
     body = body_of("tx of observe", tx)
-    return Transformation.of(Observe(body, parts, one_of("of", of, *_KINDS), axes("axis_name", axis_name)))
+    return Transformation.of(Observe(body, parts, one_of("of", of, *_MEASURED), axes("axis_name", axis_name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Observe(Wrapper):
         return result, ObserveState(unless(call.accepted, state.metrics, metrics), inner), report
 
     def _landed(self, stepped: Any, leaves: Leaves, moves: Leaves, call: Call) -> Any:
-        """What is wanted, of updates."""
+        """What is wanted, made of the updates."""
         if call.wants == "updates" and not any(isinstance(leaf.param, EncodedParam) for leaf in leaves.leaves):
             return stepped
         results = [
@@ -164,11 +165,11 @@ class Observe(Wrapper):
         return leaves.result(call.wants, results)
 
     def _names(self, parts: Iterable[str]) -> list[str]:
-        """What is measured of all parts, in the order of `_metrics`."""
-        return [f"{name}/{part}" if part else name for part in parts for name in _KINDS[self.of]]
+        """The names of the metrics of all parts, in the order of `_metrics`."""
+        return [f"{name}/{part}" if part else name for part in parts for name in _MEASURED[self.of]]
 
     def _parts(self, params: Any, structure: Any, acts: list[bool]) -> dict[str, list[bool]]:
-        """Of the leaves that count, those of every part that is told apart, by name; all under the empty name."""
+        """For each part, by name, which of the leaves that count belong to it; the empty name has all of them."""
         parts: dict[str, list[bool]] = {}
         if isinstance(self.by, Parts):
             parts = {name: [group == 0 for group in table(structure)] for name, table in self.by.tables}
@@ -176,14 +177,14 @@ class Observe(Wrapper):
             paths = trees.paths(structure)
             parts = {path: [path == other for other in paths] for path in paths}
         elif self.by == "group":
-            groups = [one.group for one in self.tx.assign(params)]
+            groups = [assigned.group for assigned in self.tx.assign(params)]
             parts = {group: [group == other for other in groups] for group in groups if group}
         parts = {"": [True] * len(acts), **parts}
-        counted = {name: [one for one, act in zip(some, acts, strict=True) if act] for name, some in parts.items()}
-        return {name: some for name, some in counted.items() if not name or any(some)}
+        counted = {name: list(itertools.compress(flags, acts)) for name, flags in parts.items()}
+        return {name: flags for name, flags in counted.items() if not name or any(flags)}
 
 
-_KINDS = {
+_MEASURED = {
     "all": ("grad_norm", "nonfinite", "update_norm", "param_norm", "update_ratio"),
     "gradient": ("grad_norm", "nonfinite"),
 }
@@ -197,13 +198,13 @@ def _metrics(
     nonfinite: jax.Array,
     *others: jax.Array,
 ) -> list[jax.Array]:
-    """The metrics of every part, given by its places among the norms."""
+    """The metrics of every part; a part is the places of its norms among all."""
     alone = [part[0] for part in parts if len(part) == 1]
     together = [np.asarray(part, np.int32) for part in parts if len(part) != 1]
-    order = np.argsort([i for one in (False, True) for i, part in enumerate(parts) if (len(part) == 1) == one])
+    order = np.argsort(sorted(range(len(parts)), key=lambda i: len(parts[i]) == 1))
 
     def of_parts(norms: jax.Array, over: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        several = [over(norms[some]).astype(dtype)[None] for some in together]
+        several = [over(norms[places]).astype(dtype)[None] for places in together]
         return jnp.concatenate([*several, norms[np.asarray(alone, np.int32)].astype(dtype)])[order]
 
     columns = [of_parts(gradient, total), of_parts(nonfinite.astype(dtype), jnp.sum)]

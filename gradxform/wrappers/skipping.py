@@ -1,4 +1,4 @@
-"""Against single bad batches: leave parameters and state as they were, count it, and say so if it does not end."""
+"""Against single bad batches: leave parameters and state as they were, count them, and log an error if it goes on."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class SkipState(NamedTuple):
     skipped: jax.Array
     """Steps skipped since `init`, int32."""
     skipped_in_a_row: jax.Array
-    """Bad steps since the last good one, int32."""
+    """Bad steps since the last good step, int32."""
     norms: Any
-    """The last global norms of the gradient, float32, for `skip_spikes` that watches them."""
+    """The last global norms of the gradient, float32, if `skip_spikes` watches them."""
     losses: Any
-    """The last losses, float32, for `skip_spikes` that watches them."""
+    """The last losses, float32, if `skip_spikes` watches them."""
     seen: Any
-    """Steps recorded in them, int32."""
+    """Steps recorded in `norms` and `losses`, int32."""
     inner: Any
     """The state of the guarded transformation."""
 
@@ -62,7 +62,7 @@ def skip_nonfinite(
     Args:
       tx: Any transformation.
       max_consecutive: How many bad steps in a row are skipped, at least 1.
-      axis_name: Mesh axes over whose shards a step is skipped together, or taken. `jax.shard_map` knows them by
+      axis_name: Mesh axes whose shards skip a step together, or take it together. `jax.shard_map` knows them by
         itself; under ``pmap`` and ``check_vma=False`` they must be named.
 
     Returns:
@@ -98,7 +98,7 @@ def skip_spikes(
 
     A step whose global norm or loss lies far above those of the last steps changes no bit of parameters and state.
     Skipped values enter the statistics, so that a lasting change of level becomes the new level; values that are
-    not finite are skipped and do not. The first ``window // 2 - 1`` steps, but at least 2, are taken if finite.
+    not finite are skipped and do not enter. The first ``window // 2 - 1`` steps, but at least 2, are taken if finite.
 
     Args:
       tx: Any transformation.
@@ -146,17 +146,17 @@ def skip_spikes(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Skip(Wrapper):
-    """Take a step or leave everything as it was."""
+    """The body of a guard: it takes a step, or leaves everything as it was."""
 
     max_consecutive: int = 10
     axis_name: tuple[str, ...] | None = None
 
     @abc.abstractmethod
     def judged(self, state: SkipState, leaves: Leaves, acts: list[bool], call: Call) -> tuple[jax.Array, SkipState]:
-        """Whether the step is good, and the state with what was seen recorded."""
+        """Whether the step is good, and the state in which this step is recorded."""
 
     def empty(self) -> dict[str, Any]:
-        """The fields for what was seen."""
+        """The state's fields for what is recorded, before the first step."""
         return {"norms": None, "losses": None, "seen": None}
 
     def init(self, params: Any) -> SkipState:
@@ -169,11 +169,11 @@ class _Skip(Wrapper):
         leaves = Leaves.of(updates, params, frozen)
         good, after = self.judged(state, leaves, [not rests for rests in frozen], call)
         gives_up = ~good & (state.skipped_in_a_row >= self.max_consecutive)
-        taken = good | gives_up
+        accepted = good | gives_up
         _report(call.also(gives_up), state.skipped_in_a_row, name=self.name)
-        result, inner, report = self.tx.step(updates, state.inner, params, call.but(accepted=call.also(taken)))
+        result, inner, report = self.tx.step(updates, state.inner, params, call.but(accepted=call.also(accepted)))
         after = after._replace(
-            skipped=jnp.where(taken, state.skipped, increment(state.skipped)),
+            skipped=jnp.where(accepted, state.skipped, increment(state.skipped)),
             skipped_in_a_row=jnp.where(good, 0, increment(state.skipped_in_a_row)),
             inner=None,
         )
@@ -196,12 +196,12 @@ class SkipSpikes(_Skip):
     watch: str = "norm"
 
     def empty(self) -> dict[str, Any]:
-        kinds = {"norms": jnp.float32, "losses": jnp.float32, "seen": jnp.int32}
+        dtypes = {"norms": jnp.float32, "losses": jnp.float32, "seen": jnp.int32}
         shapes = self._shapes().items()
-        return {name: None if shape is None else jnp.zeros(shape, kinds[name]) for name, shape in shapes}
+        return {name: None if shape is None else jnp.zeros(shape, dtypes[name]) for name, shape in shapes}
 
     def _shapes(self) -> Mapping[str, tuple[int, ...] | None]:
-        """Of what is recorded; None where it is not watched."""
+        """The shapes of what is recorded; None for what is not watched."""
         norms, losses = ((self.window,) if self.watch in (which, "both") else None for which in ("norm", "loss"))
         return {"norms": norms, "losses": losses, "seen": ()}
 
@@ -219,17 +219,17 @@ class SkipSpikes(_Skip):
         return finite & jnp.stack(usual).all(), state._replace(**kept, seen=seen)
 
     def _check(self, state: SkipState) -> None:
-        """Raise unless the state is of this window, and of what is watched."""
+        """Raise unless the state has the shapes of this window and of what is watched."""
         for name, expected in self._shapes().items():
             found = None if (kept := getattr(state, name)) is None else np.shape(kept)
             if found != expected:
                 raise ValueError(
-                    f"state.{name} has shape {found}, here it has {expected}: it is of another window, watch or guard; "
+                    f"state.{name} has shape {found}, here {expected}: the state is of another window, watch or guard; "
                     f"{ANEW}"
                 )
 
     def _usual(self, past: jax.Array, latest: jax.Array, seen: jax.Array) -> jax.Array:
-        """Whether `latest` is no spike above the `past`, of which `seen` values are filled; the first pass."""
+        """Whether `latest` is no spike above the `past`, of which `seen` values are filled; True for the first ones."""
         number = jnp.minimum(seen, self.window).astype(jnp.float32)
         filled = jnp.arange(self.window, dtype=jnp.int32) < seen
         mean = jnp.sum(jnp.where(filled, past, 0)) / jnp.maximum(number, 1)

@@ -1,7 +1,7 @@
-"""Which leaves are no hidden matrices, by their paths and shapes: embeddings, heads, tables of positions.
+"""Which leaves are no hidden matrices, told by their paths and shapes: embeddings, heads, tables of positions.
 
-They stand at the ends of a model, once each, and their names say so in many ways. Inside a block of the model the same
-words mean hidden matrices: ``output/kernel`` is a head, ``layer/0/output/dense/kernel`` is BERT's feed-forward layer.
+These stand at the ends of a model, once each, and have names of many forms. Inside a block of the model the same words
+mean hidden matrices: ``output/kernel`` is a head, ``layer/0/output/dense/kernel`` is BERT's feed-forward layer.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ _ANYWHERE = re.compile(
     r"|vocab.*|codebooks?|wte|wpe"
     r"|.*logits?.*|classif.*"  # logits_dense, logitdense, classifier
 )
-"""Words that tell an embedding or a head wherever they stand."""
+"""Words that mean an embedding or a head wherever they stand."""
 _PART = re.compile(
     r"(.*_)?head|(.*_)?tokens?|tok|pos|(.*_)?positions?|(.*_)?pos(itional|ition)?_(enc|encodings?|tables?)"
 )
-"""Parts of a path that do."""
+"""Parts of a path that mean one wherever they stand."""
 _OF_ATTENTION = re.compile(r"(.*_)?(multi|att(n|ention)|per)_head")
 _END = re.compile(rf"(.*_)?(outputs?|readout|predictions?){_LAYER}|(final|last){_LAYER}")
-"""Parts that tell a head outside blocks."""
+"""Parts that mean a head outside blocks."""
 _OUT = re.compile(rf"out{_LAYER}|(proj|linear|dense|fc)_out")
-"""And where nothing stands before them."""
+"""Parts that mean a head outside blocks only if no named part stands before them."""
 _BLOCK = re.compile(
     r".*blocks?|.*layers?|.*att(n|ention).*|.*mlp|.*ffn?|feed|.*forward.*|.*moe|experts?|.*cell|lstm|gru|h"
 )
-"""Words for what a model has many of, and for its inside."""
+"""Words for blocks, of which a model has many, and for what is inside them."""
 _INSIDE = re.compile(r".*att(n|ention).*|.*mlp|.*ffn?|feed|.*forward.*|self|cross|intermediate")
-"""Words that tell in the same part that it is the inside of a block which ends: ``attention_output``."""
+"""Words that make a part with ``output`` the end of something inside a block, as in ``attention_output``."""
 _QUERY = re.compile(r"(.*_)?(q|query|queries|qkv)(_.*)?")
 
 THIN, LONG = 16, 4096
@@ -43,10 +43,10 @@ and adapters, stand in blocks."""
 
 @functools.lru_cache(maxsize=64)
 def names_of_ends(paths: tuple[str, ...]) -> tuple[str | None, ...]:
-    """What in each leaf's path tells an embedding or a head, a word or a part of it; None for a hidden matrix.
+    """The word or part of each leaf's path that means an embedding or a head; None for a hidden matrix.
 
     Args:
-      paths: Those of all leaves, such as ``encoder/0/kernel``: what stands beside a query is attention.
+      paths: The paths of all leaves, such as ``encoder/0/kernel``; what stands beside a query belongs to an attention.
     """
     split = list(map(_parts, paths))
     attentions = {
@@ -93,5 +93,5 @@ def _in_block(parts: Sequence[tuple[str, ...]]) -> bool:
 
 
 def _named(parts: Sequence[tuple[str, ...]]) -> bool:
-    """Whether there is more than what a framework puts around all parameters."""
+    """Whether there is a named part besides those that a framework puts around all parameters."""
     return any(words and words not in (("params",), ("model",)) for words in parts)

@@ -22,12 +22,12 @@ _TOKEN = re.compile(r"(?:([1-9]\d*|\([1-9]\d*(?:\+[1-9]\d*)+\))\*(?=in|out))?(ea
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One axis of a leaf: a side of its matrices, or the matrices' number; and the blocks that it consists of."""
+    """One axis of a leaf: a side of its matrices, or an index over them; and the blocks that the axis consists of."""
 
     role: str
     """``in``, ``out`` or ``each``."""
     parts: tuple[int, ...] = (1,)
-    """How large the blocks are, relative to one another."""
+    """The sizes of the blocks, relative to one another."""
 
     @property
     def uneven(self) -> bool:
@@ -38,7 +38,7 @@ class Axis:
         return len(self.parts)
 
     def borders(self, size: int) -> list[int]:
-        """Where an axis of blocks of unequal sizes is cut; one with a number per block, between them."""
+        """Where an axis of blocks of unequal sizes is cut; between all numbers, if it has one number per block."""
         parts = (1,) * self.blocks if size == self.blocks else self.parts
         unit = size // sum(parts)
         return [unit * end for end in itertools.accumulate(parts)][:-1]
@@ -52,7 +52,7 @@ class Layout:
     axes: tuple[Axis, ...]
 
     def misfit(self, shape: tuple[int, ...], dtype: Any) -> str | None:
-        """Why such a leaf has no real matrices of this layout; None if it has."""
+        """Why a leaf of this shape and dtype has no real matrices in this layout; None if it has."""
         if is_complex(dtype):
             return f"is {dtype}{list(shape)}; matrices must be real"
         if len(shape) != len(self.axes):
@@ -67,7 +67,7 @@ class Layout:
         return None
 
     def __call__(self, shape: tuple[int, ...], dtype: Any) -> str | None:
-        """`misfit`, for ``lift(fits=…)``: rules are equal where their layouts are, which bound methods are not."""
+        """`misfit`, for ``lift(fits=…)``: equal layouts make equal rules, which bound methods would not."""
         return self.misfit(shape, dtype)
 
     # Blocks of unequal sizes are leaves of their own
@@ -78,7 +78,7 @@ class Layout:
         return Layout(self.text, tuple(Axis(axis.role) if axis.uneven else axis for axis in self.axes))
 
     def cut(self, leaf: Array) -> list[Array]:
-        """A leaf at the borders of its blocks of unequal sizes; itself, if there are none."""
+        """A leaf cut at the borders of its blocks of unequal sizes; itself, if there are none."""
         pieces = [leaf]
         for place in self._uneven:
             borders = self.axes[place].borders(leaf.shape[place])
@@ -86,7 +86,7 @@ class Layout:
         return pieces
 
     def joined(self, pieces: list[Array]) -> Array:
-        """The leaf that `cut` gave these pieces of."""
+        """The leaf of which these are the pieces that `cut` gave."""
         for place in reversed(self._uneven):
             run = self.axes[place].blocks
             pieces = [jnp.concatenate(pieces[i : i + run], place) for i in range(0, len(pieces), run)]
@@ -96,7 +96,7 @@ class Layout:
     def _uneven(self) -> list[int]:
         return [place for place, axis in enumerate(self.axes) if axis.uneven]
 
-    # What follows is for layouts without such blocks, but for `all_sides` and `neurons`
+    # What follows is for layouts without blocks of unequal sizes, except `all_sides` and `neurons`
 
     def all_sides(self, shape: tuple[int, ...]) -> set[tuple[int, int]]:
         """`sides` of every matrix of a leaf."""
@@ -106,16 +106,16 @@ class Layout:
         return {self.even.sides(tuple(map(int, sizes))) for sizes in itertools.product(*cuts)}
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """How many numbers go into one of the leaf's matrices, and how many come out."""
+        """The number of inputs and of outputs of one of the leaf's matrices."""
         _, rows, columns = self._sizes(shape)
         return rows, columns
 
     def neurons(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of one number per output: that of the leaf with the inputs of each matrix as one."""
+        """The shape of an array with one number per output: the leaf's, with the inputs of each matrix as one."""
         return tuple(axis.blocks if axis.role == "in" else size for size, axis in zip(shape, self.axes, strict=True))
 
     def matrices(self, leaf: Array) -> Array:
-        """All matrices of a leaf: (how many, in, out)."""
+        """All matrices of a leaf, as an array of shape (number of matrices, in, out)."""
         split = leaf.reshape(self._split(leaf.shape)).transpose(self._order)
         return split.reshape(self._sizes(leaf.shape))
 
@@ -126,13 +126,13 @@ class Layout:
         return apart.transpose(np.argsort(self._order).tolist()).reshape(shape)
 
     def _split(self, shape: tuple[int, ...]) -> list[int]:
-        """The shape with every axis that consists of blocks as two."""
+        """The shape in which every axis that consists of blocks is two axes."""
         pairs = zip(shape, (axis.blocks for axis in self.axes), strict=True)
         return [n for size, blocks in pairs for n in ((blocks, size // blocks) if blocks > 1 else (size,))]
 
     @functools.cached_property
     def _roles(self) -> list[str]:
-        """The role of each axis of the split shape: blocks are matrices of their own."""
+        """The role of each axis of the split shape, in which blocks are matrices of their own."""
         return [role for axis in self.axes for role in (("each", axis.role) if axis.blocks > 1 else (axis.role,))]
 
     @functools.cached_property
@@ -169,7 +169,7 @@ def _layout_of(text: str) -> Layout:
 
 
 def _blocks(text: str | None) -> tuple[int, ...]:
-    """The relative sizes of the blocks that ``3`` or ``(32+8+8)`` says."""
+    """The relative sizes of the blocks that ``3`` or ``(32+8+8)`` stands for."""
     if text is None:
         return (1,)
     return tuple(map(int, text.strip("()").split("+"))) if "+" in text else (1,) * int(text)

@@ -1,4 +1,4 @@
-"""Which leaves of a model are matrices: patterns with a layout each, and what takes the other leaves."""
+"""Which leaves of a model are matrices: patterns with a layout each, and the transformation of the other leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradxform._core.chain import chain_of
 from gradxform._core.folding import listed
 from gradxform._core.groups import own_group
 from gradxform._core.lift import stages_of
-from gradxform._core.masks import Table, table_of
+from gradxform._core.patterns import Table, table_of
 from gradxform._core.stages import Group, Groups
 from gradxform.optimizers.matrix.hidden import names_of_ends, shape_of_an_end
 from gradxform.optimizers.matrix.layouts import Layout, layout_of
@@ -51,7 +51,7 @@ def by_layout(
 
 @dataclasses.dataclass(frozen=True)
 class MatrixTable(Table):
-    """Groups of leaves that are matrices, by patterns of which a whole path goes before a wildcard."""
+    """Groups of leaves that are matrices; a pattern that is a leaf's whole path goes before one with wildcards."""
 
     layouts: tuple[Layout, ...] = ()
     told: set[Any] = dataclasses.field(default_factory=set[Any], compare=False, repr=False)
@@ -62,7 +62,7 @@ class MatrixTable(Table):
         return exact or super().matches(path)
 
     def check(self, groups: frozenset[int], leaves: list[Any], structure: Any) -> None:
-        """Raise if a leaf has not its layout, or is an embedding or a head and taken by a wildcard only."""
+        """Raise if a leaf does not have its layout, or if a wildcard takes what looks like an embedding or a head."""
         paths = trees.paths(structure)
         by_wildcard: dict[int, list[str]] = {}
         for path, end, leaf, group in zip(paths, names_of_ends(paths), leaves, self(structure), strict=True):
@@ -75,8 +75,8 @@ class MatrixTable(Table):
                 self._check_hidden(group, path, end, set() if misfit else self.layouts[group].all_sides(shape))
             if misfit:
                 raise ValueError(f"{self.who}: {path!r} {misfit}, or let other= take the leaf")
-        for group, taken in by_wildcard.items():
-            self._tell(group, tuple(taken), len(paths))
+        for group, matched in by_wildcard.items():
+            self._tell(group, tuple(matched), len(paths))
 
     def _check_hidden(self, group: int, path: str, end: str | None, sides: set[tuple[int, int]]) -> None:
         """Raise if a leaf that a wildcard takes looks like an embedding or a head."""
@@ -92,15 +92,15 @@ class MatrixTable(Table):
                 "over, so that other= takes it"
             )
 
-    def _tell(self, group: int, taken: tuple[str, ...], number: int) -> None:
-        """Log what a wildcard takes, the first time that it takes it: at `init`."""
-        if (group, taken) not in self.told:
-            self.told.add((group, taken))
-            where = listed(taken)
-            _LOG.info("%s: %r takes %d of %d leaves: %s", self.who, self.patterns[group], len(taken), number, where)
+    def _tell(self, group: int, matched: tuple[str, ...], number: int) -> None:
+        """Log which paths a wildcard matched, the first time that it matches them: at `init`."""
+        if (group, matched) not in self.told:
+            self.told.add((group, matched))
+            where = listed(matched)
+            _LOG.info("%s: %r takes %d of %d leaves: %s", self.who, self.patterns[group], len(matched), number, where)
 
     def order(self) -> list[int]:
-        """The matrices first: `other` has the numbered names."""
+        """The matrices first, so that the numbered names are those of `other`."""
         return sorted(super().order())
 
     def label(self, group: int) -> str:

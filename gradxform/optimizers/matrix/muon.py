@@ -43,14 +43,13 @@ def muon(
       learning_rate: α ≥ 0; see `sgd`. About 0.02 with the scale ``"jordan"``, that of AdamW with ``"adam_rms"``.
       matrices: The layout of the leaves that a path pattern matches, such as
         ``{".*/kernel": "in out", "layers/qkv": "each in 3*out"}``; one pattern alone has the layout ``in out``, that of
-        Flax and Haiku (``{".*/weight": "out in"}`` in Equinox). See
-        `by_path` for patterns, of which one that is a leaf's whole path goes before others, and `orthogonalize` for
-        layouts.
-      other: The transformation for all other leaves, such as ``adamw(3e-4)``; None if there must be none. What it
-        shows in `get_hyperparams` is led by ``other/``.
+        Flax and Haiku (``{".*/weight": "out in"}`` in Equinox). See `by_path` for patterns and `orthogonalize` for
+        layouts; a pattern that is a leaf's whole path goes before others.
+      other: The transformation for all other leaves, such as ``adamw(3e-4)``; None if there must be no such leaf. Its
+        hyperparameters have names that begin with ``other/``.
       beta: β in [0, 1).
       nesterov: Orthogonalise the lookahead, as above; False for m.
-      weight_decay: λ ≥ 0 of the matrices, times α and not s. Jordan uses 0, Liu et al. 0.1.
+      weight_decay: λ ≥ 0 of the matrices, multiplied by α, not by s. Jordan uses 0, Liu et al. 0.1.
       method, steps, coefficients, scale, eps, dtype, batched: See `orthogonalize`.
       state_dtype: Dtype of the momentum; see `scale_by_momentum`.
 

@@ -1,4 +1,4 @@
-"""Against neurons of every size: divide what goes into each neuron by how large it has been."""
+"""Against neurons with steps of every size: divide each neuron's update by how large it has been."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def normalize_by_neuron(
       TypeError, ValueError: see `orthogonalize`.
 
     References:
-      Li et al. 2025, arXiv 2510.05491 (NorMuon), algorithm 1; that the norm is kept is the authors'
-      code, their paper makes the root mean square 0.2.
+      Li et al. 2025, arXiv 2510.05491 (NorMuon), algorithm 1; the norm is kept as in the authors'
+      code, while their paper makes the root mean square 0.2.
 
     Example:
       >>> import jax.numpy as jnp

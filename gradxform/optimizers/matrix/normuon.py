@@ -1,4 +1,4 @@
-"""Muon with steps of one size for every neuron."""
+"""Muon with steps of the same size for every neuron."""
 
 from __future__ import annotations
 

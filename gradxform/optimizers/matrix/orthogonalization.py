@@ -43,7 +43,7 @@ def orthogonalize(
 
     Args:
       layout: What each axis of a leaf is, one word per axis: ``in`` and ``out`` are the sides of the matrix (several
-        of one kind count as one, so ``in in in out`` is a convolution's kernel in JAX); ``each`` has a matrix per
+        axes of one side count as one, so ``in in in out`` is a convolution's kernel in JAX); ``each`` has a matrix per
         index (layers of a scan, experts, heads); ``3*out`` consists of three blocks, each with a matrix of its own
         (fused query, key and value); ``(32+8+8)*out`` of three whose sizes are as 32 to 8 to 8 (grouped queries, in
         heads or in columns). Kernels are ``in out`` in Flax and Haiku, ``out in`` in Equinox and PyTorch.
@@ -133,7 +133,7 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 def _one_by_one(function: Callable[[Array], Array], matrices: Array) -> Array:
-    """A function of each matrix: in turn on a CPU, whose products of many matrices are the slower ones."""
+    """A function of each matrix: one after the other on a CPU, where products of many matrices at once are slower."""
     if matrices.shape[0] == 1:
         return function(matrices[0])[None]
     return jax.lax.map(function, matrices) if jax.default_backend() == "cpu" else jax.vmap(function)(matrices)
@@ -158,15 +158,15 @@ def _unit(x: Array, eps: Any) -> Array:
 
 
 def _by_steps(x: Array, polynomials: Sequence[Polynomial]) -> Array:
-    def one(x: Array, a: Any, b: Any, c: Any) -> Array:
+    def iteration(x: Array, a: Any, b: Any, c: Any) -> Array:
         square = _product(x, x.T)
         return _sum((a, x), (1.0, _product(_sum((b, square), (c, _product(square, square))), x)))
 
-    return _in_turn(one, x, polynomials)
+    return _in_turn(iteration, x, polynomials)
 
 
 def _in_turn(function: Callable[..., Array], x: Array, polynomials: Sequence[Polynomial]) -> Array:
-    """A function of x and one polynomial after the other: constants where they are all the same."""
+    """x after a function of it and each polynomial in turn; polynomials that are all the same are constants."""
     first, *others = polynomials
     if all(other == first for other in others):
         return jax.lax.fori_loop(0, len(polynomials), lambda _, x: function(x, *first), x)
@@ -175,9 +175,9 @@ def _in_turn(function: Callable[..., Array], x: Array, polynomials: Sequence[Pol
 
 
 def _by_gram(x: Array, polynomials: Sequence[Polynomial]) -> Array:
-    """The same, as X ← Q·X after two steps and every three from then on: Q and X·Xᵀ are followed in between.
+    """The same, as X ← Q·X after two steps and after every three from then on; in between only Q and X·Xᵀ are computed.
 
-    What was rounded off X·Xᵀ grows with it, from step to step, where X has no such singular value.
+    Rounding errors of X·Xᵀ grow with it from step to step where X has no such singular value; hence the new starts.
     """
     eye = jnp.eye(len(x), dtype=x.dtype)
 
@@ -226,7 +226,7 @@ _POLAR_EXPRESS = (
     (1.8750223595292461, -1.250024843696377, 0.375002484377803),
     (1.875, -1.25, 0.375),
 )
-"""Of least error for singular values from 0.001 to 1, one after the other; the last one stays."""
+"""The polynomials of least error for singular values from 0.001 to 1, one after the other; the last is repeated."""
 
 
 def _polar_express(steps: int) -> tuple[Polynomial, ...]:
@@ -235,9 +235,9 @@ def _polar_express(steps: int) -> tuple[Polynomial, ...]:
     def safe(a: float, b: float, c: float) -> Polynomial:
         return a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5
 
-    taken = _POLAR_EXPRESS[:steps]
-    all_safe = [*(safe(*one) for one in taken[:-1]), taken[-1]]
-    return safe(*all_safe[0]), *all_safe[1:]  # once more, for the norm itself
+    *others, last = _POLAR_EXPRESS[:steps]
+    all_safe = [*(safe(*polynomial) for polynomial in others), last]
+    return safe(*all_safe[0]), *all_safe[1:]  # the first once more, for the norm itself
 
 
 _METHODS: dict[str, Callable[[int], tuple[Polynomial, ...]]] = {
@@ -253,7 +253,7 @@ def _polynomials(coefficients: Any) -> tuple[Polynomial, ...]:
     if not isinstance(coefficients, Sequence) or not coefficients or isinstance(coefficients, str):
         raise TypeError(message)
     triples = coefficients if isinstance(coefficients[0], Sequence) else (coefficients,)
-    if not all(isinstance(one, Sequence) and len(one) == 3 for one in triples):
+    if not all(isinstance(triple, Sequence) and len(triple) == 3 for triple in triples):
         raise ValueError(message)
-    every = [tuple(number_in("every number in coefficients", value, FINITE) for value in one) for one in triples]
+    every = [tuple(number_in("every number in coefficients", value, FINITE) for value in triple) for triple in triples]
     return tuple((a, b, c) for a, b, c in every)

@@ -1,4 +1,4 @@
-"""How a float32 value is kept as a low-precision parameter and what that lacks: mathematics on one array."""
+"""Ways to keep a float32 value as a low-precision parameter and what that lacks: mathematics on one array."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MasterWeights(ParameterForm):
 
 @dataclasses.dataclass(frozen=True)
 class Compensated(ParameterForm):
-    """The nearest number, and what it lacks."""
+    """The nearest number, beside what it lacks."""
 
     residual: str = "bfloat16"
     twice: ClassVar[bool] = True
@@ -62,13 +62,13 @@ class Compensated(ParameterForm):
 
     @property
     def _parts(self) -> float:
-        """How many parts an integer residual divides half a step into."""
+        """The number of parts into which an integer residual divides half a step."""
         return float(np.iinfo(self.residual_dtype).max)
 
     def whole(self, param: Array, residual: Any, dtype: Any) -> Array:
         if self.residual == "bfloat16":
             rest = cast(residual, jnp.float32)
-            # more than half a step is left from before the parameter was set from outside
+            # a residual of more than half a step is an old one: the parameter was set from outside
             return param + jnp.where(jnp.abs(rest) <= half_step(param, dtype), rest, 0)
         return param + residual.astype(jnp.float32) * (half_step(param, dtype) / self._parts)
 
@@ -79,7 +79,7 @@ class Compensated(ParameterForm):
             return target, cast(round_to(rest, jnp.bfloat16, bits), jnp.bfloat16)
         step = half_step(target, dtype)
         parts = jnp.where(step > 0, rest / jnp.where(step > 0, step, 1), 0) * self._parts
-        # the parts of int16 are as fine as float32, of which the nearest loses nothing and a random one would
+        # int16 is as fine as float32: there rounding to nearest loses nothing, and rounding at random would
         parts = jnp.round(parts) if self.residual == "int16" else up_or_down(parts, bits)
         return target, jnp.clip(parts, -self._parts, self._parts).astype(self.residual_dtype)
 

@@ -1,4 +1,4 @@
-"""Wrappers that train float32 values where parameters are narrower: how a rule for one array becomes one for trees."""
+"""Wrappers that train float32 values where parameters are narrower: from a form of one array to a wrapper of trees."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class LowPrecisionState(NamedTuple):
     """What the wrappers for low-precision parameters carry from step to step."""
 
     seed: jax.Array
-    """Of the random bits of the next step, uint32."""
+    """The seed of the next step's random bits, uint32."""
     residual: Any
-    """What the low-precision parameters lack of the values trained, one array per such leaf."""
+    """What low-precision parameters lack of the values that are trained, one array per such leaf."""
     inner: Any
     """The state of the wrapped transformation, which sees float32 parameters."""
 
@@ -38,7 +38,7 @@ class LowPrecisionState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterForm(Form):
-    """Mathematics on one array: a float32 value as a number of a narrower dtype, and its residual."""
+    """Mathematics on one array: a float32 value as a number of a narrower dtype, and the residual of that number."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class ParameterForm(Form):
         return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
 
     twice: ClassVar[bool] = False
-    """Whether the parameter is made of the old residual, and the residual of the old parameter (X2)."""
+    """Whether parameter and residual are each made of the old values of both (X2)."""
     keeps_value: ClassVar[bool] = False
     """Whether the residual is the value itself."""
 
@@ -56,7 +56,7 @@ class ParameterForm(Form):
         """The dtype of the residual; None if there is none."""
 
     def first_residual(self, value: Array) -> Array:
-        """What a parameter that was not trained yet lacks: nothing."""
+        """The residual of a parameter that was not trained yet: it lacks nothing."""
         return jnp.zeros_like(value, dtype=self.residual_dtype)
 
     @abc.abstractmethod
@@ -65,7 +65,7 @@ class ParameterForm(Form):
 
     @abc.abstractmethod
     def split(self, value: Array, dtype: Any, bits: Array) -> tuple[Array, Any]:
-        """The number of `dtype` chosen for `value`, but widened, and its residual."""
+        """The number of `dtype` that is chosen for `value`, widened to float32, and its residual."""
 
     def read(self, arrays: Kept) -> Array:
         return self.whole(cast(arrays.param, jnp.float32), arrays.residual, arrays.param.dtype)
@@ -73,33 +73,33 @@ class ParameterForm(Form):
     def write(self, value: Array, update: Array, arrays: Kept, accepted: Any) -> Kept:
         new = value + update
         stays: Any = False if accepted is None else ~accepted
-        if self.keeps_value:  # the parameter is made of what is kept, for else both are made of both (X2)
+        if self.keeps_value:  # make the parameter of the residual that is kept, or both are made of both (X2)
             new = jnp.where(stays, arrays.residual, new)
         if self.twice:
             new = written(jnp.where(stays | (new == value), _STAYS, new))
             stays = jax.lax.bitcast_convert_type(new, np.uint32) == _STAYS.view(np.uint32)
         dtype, bits = arrays.param.dtype, random_bits(seed_for(arrays.seed, arrays.place), new.shape)
         target, residual = self.split(new, dtype, bits)
-        # where nothing changes the parameter stays, also a −0
+        # where nothing changes the parameter stays, even a −0
         param = jnp.where(stays | (target == cast(arrays.param, jnp.float32)), arrays.param, cast(target, dtype))
-        if self.twice:  # to encode again what was decoded would let a resting value drift
+        if self.twice:  # a decoded value that rests would drift if it were encoded again
             residual = jnp.where(stays, arrays.residual, residual)
         return arrays._replace(param=param, residual=residual)
 
 
 _STAYS = np.uint32(0x7FDEFACE).view(np.float32)
-"""A NaN that no arithmetic gives, in place of a value that does not change."""
+"""A NaN that no arithmetic gives; it stands for a value that does not change."""
 
 
 class Kept(NamedTuple):
-    """What a value is kept as, and what its random bits are made of."""
+    """The arrays that a value is kept as, and what its random bits are made of."""
 
     param: Any
     residual: Any
     """None if there is none."""
     seed: Any
     place: Any
-    """Of the leaf among all."""
+    """The index of the leaf among all leaves."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -22,11 +22,11 @@ from gradxform.wrappers.low_precision.lifting import LowPrecision, ParameterForm
 def stochastic_rounding(tx: optax.GradientTransformation, key: jax.Array | int) -> Transformation:
     """θ ← SR(θ + u),  E[SR(x)] = x: round the new parameter up or down at random, so that its mean is right.
 
-    Of the two float16 or bfloat16 neighbours of x the nearer one is the likelier, in proportion; what is one of
-    these numbers stays. Costs no memory, and some noise.
+    Of the two float16 or bfloat16 neighbours of x the nearer is the likelier, in proportion; a number that float16 or
+    bfloat16 has stays. This costs no memory, and some noise.
 
     Args:
-      tx: Any transformation; it sees float32 parameters. Leaves of float32 or wider it trains as it is.
+      tx: Any transformation; it sees float32 parameters. Leaves of float32 or wider are trained by it as usual.
       key: A PRNG key or a whole number. The bits are a hash of it, the step, the leaf and the element: the same
         however arrays are sharded, and after a restart. Inside `jax.shard_map` every shard draws the same.
 
@@ -54,7 +54,7 @@ def stochastic_rounding(tx: optax.GradientTransformation, key: jax.Array | int) 
 
 
 def compensated(tx: optax.GradientTransformation, residual: str = "bfloat16") -> Transformation:
-    """θ + r ← θ + r + u: keep what rounding takes from the parameter beside it, and add it again.
+    """θ + r ← θ + r + u: keep beside the parameter what rounding takes from it, and add that again.
 
     Args:
       tx: See `stochastic_rounding`.
@@ -92,8 +92,8 @@ def compensated(tx: optax.GradientTransformation, residual: str = "bfloat16") ->
 def master_weights(tx: optax.GradientTransformation) -> Transformation:
     """w ← w + u,  θ ← round(w): train a float32 copy and give the model its nearest low-precision numbers.
 
-    Where a parameter is no longer what its copy rounds to, since it was set from outside, the copy starts again
-    from the parameter.
+    Where a parameter is not what its copy rounds to, because it was set from outside, the copy starts again from the
+    parameter.
 
     Args:
       tx: See `stochastic_rounding`.

@@ -1,8 +1,8 @@
 """Rules on a leaf whose moments are kept as codes: decode, step and encode in the kernels of one step.
 
-Decoded moments are not written. On a CPU each of three kernels makes them anew, which costs less than to store them:
-the largest of each block, the update, and the codes in place of the old ones. Where decoding looks numbers up, which no
-kernel repeats, the step goes over one run of blocks after the other.
+Decoded moments are not written to memory. On a CPU three kernels decode them anew, which costs less than to store them
+(X1): one for the largest number of each block, one for the update, one for the codes, which overwrite the old ones.
+Where decoding looks numbers up, which kernels do not repeat (X9), the step goes over one run of blocks after the other.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from gradxform.wrappers.quantization.codecs.codec import Codec, largest_of, larg
 
 @dataclasses.dataclass(frozen=True)
 class Coded(EncodedMoment):
-    """A moment of one leaf, kept as codes; a leaf of JAX's trees, so that it stands where the moment would."""
+    """A moment of one leaf, kept as codes; a leaf of JAX's trees, so that it can stand where the moment would."""
 
     codec: Codec
     codes: Any
     scales: Any
     seed: Any
-    """Of the bits that round the next codes; None rounds to nearest."""
+    """The seed of the bits that round the next codes; None rounds to nearest."""
 
     def arrays(self) -> tuple[Any, Any]:
-        """Codes and scales, None if the codec has none."""
+        """The codes, and the scales or None if the codec has none."""
         return self.codes, None if self.codec.scale_dtype is None else self.scales
 
     def renewed(self, arrays: tuple[Any, Any]) -> Coded:
@@ -49,7 +49,7 @@ class Coded(EncodedMoment):
 
     @staticmethod
     def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
-        """`compiled.on_leaf` for a leaf some of whose moments are `Coded`."""
+        """`compiled.on_leaf` for a leaf with moments that are `Coded`."""
 
         def update_leaf(
             ending: Any, dtype: Any, scalars: Any, own: Any, update: Any, slots: Any, param: Any, accepted: Any
@@ -82,7 +82,7 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
         length = _run_length(update.size // used[0].block)
         alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
         in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in used)
-        in_runs = in_runs and ending.form is None  # whose random bits go by the place in the whole array
+        in_runs = in_runs and ending.form is None  # a form's random bits depend on the place in the whole array
         lands = ending.gives == "param"
 
         def step(update: Any, param: Any, slots: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -122,7 +122,7 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
 
 
 def _bits(seed: Any) -> Callable[[Array], Array] | None:
-    """What rounds numbers at random: bits of their own; None without a seed."""
+    """The function that gives the random bits of an array's numbers; None without a seed."""
     return None if seed is None else functools.partial(rounding.own_bits, seed=seed)
 
 
@@ -132,7 +132,7 @@ def _accepted(accepted: Any, new: Any, old: Any) -> Any:
 
 
 def _run_length(rows: int) -> int:
-    """How many blocks make up a run: a divisor of all, large enough to be worth it; 0 if there is none."""
+    """How many blocks make up a run: a divisor of `rows` that is large enough to be worth it, or 0 if there is none."""
     return max((length for length in range(64, 513) if rows % length == 0), default=0)
 
 
@@ -146,7 +146,7 @@ def _in_runs(
     param: Any,
     slots: tuple[Any, ...],
 ) -> tuple[Any, tuple[Any, ...]]:
-    """`step` on one run of blocks after the other: what is looked up, XLA writes out, but here no more than a run."""
+    """`step` on one run of blocks after the other: what is looked up is written out (X9), but only a run at a time."""
     rows = update.size // block
 
     def cut(x: Any, number: Any) -> Any:
@@ -184,7 +184,7 @@ def encoded(codec: Codec, value: Array, seed: Array | None) -> tuple[Array, Any]
         codes, scales = codec.encode(numerics.cast(value, jnp.float32), _bits(seed))
         return codes, HOLE if scales is None else scales
 
-    like = [HOLE if some is None else meshes.spec_of(value, some[0]) for some in coded_avals(codec, value.shape)]
+    like = [HOLE if aval is None else meshes.spec_of(value, aval[0]) for aval in coded_avals(codec, value.shape)]
     with jax.numpy_dtype_promotion("standard"):
         return meshes.partitioned(on_whole, tuple(like), value, seed)
 
@@ -195,8 +195,8 @@ def decoded(codec: Codec, aval: trees.Aval, codes: Array, scales: Any) -> Array:
     shape, dtype = aval
 
     def on_whole(codes: Array, scales: Any) -> Array:
-        some = None if isinstance(scales, optax.MaskedNode) else scales
-        return numerics.cast(codec.decode(codes, some).reshape(shape), dtype)
+        given = None if isinstance(scales, optax.MaskedNode) else scales
+        return numerics.cast(codec.decode(codes, given).reshape(shape), dtype)
 
     with jax.numpy_dtype_promotion("standard"):
         return meshes.partitioned(on_whole, meshes.spec_of(codes, shape), codes, scales)

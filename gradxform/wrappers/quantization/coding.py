@@ -1,4 +1,4 @@
-"""Which arrays of a state are coded, and how it is parted into codes, scales and what is kept."""
+"""Which arrays of a state are coded, and how the state is taken apart into codes, scales and the rest."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class CodedArray(NamedTuple):
     path: tuple[Any, ...]
     """The keys to it from the state's root."""
     place: int
-    """Among the leaves of the state."""
+    """Its index among the leaves of the state."""
     field: str
     number: int
-    """Of the field among all that are coded, for random bits of its own."""
+    """The index of its field among all that are coded, so that each has random bits of its own."""
     leaf: int
     codec: Codec
     aval: trees.Aval
@@ -50,7 +50,7 @@ class Coding:
     """Which arrays of a state are coded."""
 
     structure: Any
-    """Of the state."""
+    """The structure of the state."""
     fields: tuple[str, ...]
     """The parts of the state that hold moments."""
     arrays: tuple[CodedArray, ...]
@@ -65,7 +65,7 @@ class Coding:
         params: Any,
         codec_of: Callable[[str, trees.Aval], Codec | None],
     ) -> Coding:
-        """For parameters of these shapes; ``codec_of(field, aval)`` is None for what is kept."""
+        """The coding for parameters of these shapes; ``codec_of(field, aval)`` is None for what is kept as it is."""
         paths, structure = jax.tree_util.tree_flatten_with_path(state_shapes(init, params))
         places = {path: place for place, (path, _) in enumerate(paths)}
         shapes = [trees.aval(leaf)[0] for leaf in jax.tree.leaves(params)]
@@ -85,7 +85,7 @@ class Coding:
     def opened(
         self, codes: Mapping[str, Any], scales: Mapping[str, Any], kept: Any, structure: Any, decode: Callable[..., Any]
     ) -> Any:
-        """The state, with ``decode(array, codes, scales)`` of what is coded; all of it checked."""
+        """The state, checked, with ``decode(array, codes, scales)`` in place of each array that is coded."""
         if sorted(codes) != sorted(self.fields) or sorted(scales) != sorted(self.fields):
             raise ValueError(
                 f"state.codes has the fields {sorted(codes)}, here they are {sorted(self.fields)}; {trees.ANEW}"
@@ -93,7 +93,9 @@ class Coding:
         try:
             leaves = self.structure.flatten_up_to(kept)
         except ValueError as error:
-            raise ValueError(f"state.inner is not of what is wrapped, or for other parameters; {trees.ANEW}") from error
+            raise ValueError(
+                f"state.inner is another transformation's, or of other parameters; {trees.ANEW}"
+            ) from error
         columns = {
             (what, field): column(f"state.{what}[{field!r}]", tree[field], structure)
             for field in self.fields
@@ -112,7 +114,7 @@ class Coding:
     def closed(
         self, state: Any, structure: Any, encode: Callable[..., tuple[Any, Any]]
     ) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """Codes, scales and what is kept of a state: ``encode(array, value)`` of what is coded."""
+        """The codes and scales of a state, which ``encode(array, value)`` gives for each coded array, and the rest."""
         leaves = self.structure.flatten_up_to(state)
         columns = {field: [(HOLE, HOLE)] * structure.num_leaves for field in self.fields}
         for array in self.arrays:

@@ -1,7 +1,7 @@
 """Optimizer states in one byte per number, or half of one, around any transformation.
 
-Every array of the state that is shaped like a parameter is kept as codes and scales. A step decodes it, lets the
-wrapped transformation work in float32, and codes the result.
+Every array of the state that is shaped like a parameter is kept as codes and scales. A step decodes these, lets the
+wrapped transformation work in float32, and encodes the result.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class QuantizedState(NamedTuple):
     """What `quantize_state` carries from step to step."""
 
     seed: jax.Array
-    """Of the random bits of the next step, uint32."""
+    """The seed of the next step's random bits, uint32."""
     codes: dict[str, Any]
-    """By the name of each field of the inner state that is like the parameters, a tree of codes in their shapes."""
+    """A tree of codes in the parameters' shapes for each field of the inner state that holds moments, by its name."""
     scales: dict[str, Any]
-    """The same for scales: one per block along the last axis, or flat where that is no whole number of blocks."""
+    """The same for scales: one per block along the last axis, or flat if that is no whole number of blocks."""
     inner: Any
     """The state of the wrapped transformation, without what is coded."""
 
@@ -59,9 +59,9 @@ def quantize_state(
 ) -> Transformation:
     """s ← encode(step(decode(s))): keep the moments in 8 or 4 bits, or in bfloat16.
 
-    Rounded to nearest, a code stays what it is while a step changes its number by less than half the distance to the
-    next code, as a step nearly always does with a second moment. Stochastic rounding loses no change in the mean, but
-    for what is beyond the signed maps of ``dynamic8`` and ``dynamic4``, which end before −1.
+    Rounded to nearest, a code does not change while steps change its number by less than half the distance to the next
+    code, as nearly every step does with a second moment. Stochastic rounding loses no change in the mean, except of
+    numbers beyond the signed maps of ``dynamic8`` and ``dynamic4``, which end before −1.
 
     Args:
       tx: Any transformation. Another library's sees float32 updates and parameters.
@@ -71,8 +71,8 @@ def quantize_state(
         ``"bfloat16"``. Or a `gradxform.wrappers.quantization.codecs.Codec` of your own.
       min_size: Leaves with fewer elements than this, or with a number of them that is no multiple of the block, keep
         their state as it is; moments that are complex or float64 are always kept.
-      fields: What fields of the state hold, by name: ``"signed"``, ``"non_negative"`` or ``"kept"`` as they are. Known
-        are the moments of this library, of optax and of torch, such as ``mu`` and ``nu``; another one must be told.
+      fields: What fields of the state hold, by name: ``"signed"``, ``"non_negative"`` or ``"kept"`` as they are. The
+        moments of this library, of optax and of torch, such as ``mu`` and ``nu``, are known; others must be named.
       rounding: ``"stochastic"``, by a hash of the step, the field and the number itself, so that equal numbers of
         one step are rounded alike; or ``"nearest"``.
 
@@ -168,12 +168,12 @@ class QuantizeState(Wrapper):
         if self.widens:
             result = self._narrowed(leaves, structure.flatten_up_to(result), call)
         closed = self._closed(state.seed, new, coding, structure)
-        if not coding.in_kernels:  # what is decoded and coded again may differ from what it was
+        if not coding.in_kernels:  # to decode and encode again may change the codes
             closed = unless(call.accepted, state, closed)
         return result, closed._replace(seed=unless(call.accepted, state.seed, next_seed(state.seed))), report
 
     def _narrowed(self, leaves: Leaves, results: list[Any], call: Call) -> Any:
-        """What is wanted, of results of a transformation that saw float32."""
+        """What is wanted, made of the results of a transformation that saw float32."""
         narrow = [
             each if leaf.update is None or isinstance(each, EncodedParam) else cast(each, leaf.final)
             for leaf, each in zip(leaves.leaves, results, strict=True)
@@ -192,7 +192,7 @@ class QuantizeState(Wrapper):
 
     @functools.cached_property
     def _known(self) -> dict[Any, Coding]:
-        """What `coding` has found; it goes with the transformation, which may hold a tracer as learning rate."""
+        """What `coding` has found. It goes away with the transformation, which may hold a tracer as learning rate."""
         return {}
 
     def _found(self, params: Any) -> Coding:
@@ -230,7 +230,7 @@ class QuantizeState(Wrapper):
 
     @property
     def widens(self) -> bool:
-        """Whether what is wrapped gets float32 leaves: ours computes in float32 whatever they are."""
+        """Whether the wrapped transformation must get float32 leaves: ours computes in float32 whatever it gets."""
         return isinstance(self.tx, Foreign)
 
     def inner_params(self, params: Any) -> Any:
@@ -242,11 +242,11 @@ class QuantizeState(Wrapper):
         )
 
     def _seed(self, seed: Any, number: int) -> Any:
-        """Of the bits that round the next codes of a field; None rounds to nearest."""
+        """The seed of the bits that round the next codes of a field; None rounds to nearest."""
         return seed_for(seed, number) if self.rounding == "stochastic" else None
 
     def _closed(self, seed: Any, inner: Any, coding: Coding, structure: Any, placed: bool = False) -> QuantizedState:
-        """The state with every moment coded; where `placed`, on the devices of what is coded."""
+        """The state with every moment coded; if `placed`, codes and scales are on the devices of their moments."""
 
         def encode(array: CodedArray, value: Any) -> tuple[Any, Any]:
             if isinstance(value, Coded):

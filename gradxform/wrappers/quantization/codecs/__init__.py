@@ -4,9 +4,9 @@ A codec gives a float32 array codes in its shape (`Dynamic4` two to a byte) and 
 codec has a form for signed numbers and one for numbers that are never negative, such as second moments: there a
 positive number never becomes 0, which would make m/(√v + ε) huge, but the smallest positive number of its block's code.
 
-What holds for every codec: a block of zeros stays so; no finite number overflows; a NaN or an infinity makes its whole
-block NaN, and so does a negative number where there must be none. (`Bfloat16` has no blocks: there it is the number
-alone, and infinity stays.) What has been decoded is coded as it was, but for signed maps, which end before −1.
+With every codec, a block of zeros stays one; no finite number overflows; a NaN or an infinity makes its whole block
+NaN, and so does a negative number where there must be none. (`Bfloat16` has no blocks: there only the number itself
+becomes NaN; infinity stays.) Decoded numbers get the same codes again, except with signed maps, which end before −1.
 """
 
 from gradxform.wrappers.quantization.codecs.bfloat16 import Bfloat16

@@ -22,7 +22,7 @@ class Bfloat16(Codec):
 
     @property
     def code_dtype(self) -> Any:
-        return np.uint16  # a bfloat16 that a loop carries XLA widens on CPUs, and copies
+        return np.uint16  # on CPUs XLA widens, and so copies, a bfloat16 that a loop carries
 
     def to_codes(
         self, x: Array, largest: Array | None, bits: Array | None, block_bits: Array | None

@@ -1,4 +1,4 @@
-"""What a codec is, and what those that scale blocks share."""
+"""What a codec is, and what all codecs that scale blocks use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradxform.numerics.arithmetic import Array, zero_if_finite
 class Codec(abc.ABC):
     """How an array is kept in few bits: a code for each number and a scale for each block of them.
 
-    Blocks lie along the last axis, or where that is no whole number of blocks, along all axes as one.
+    Blocks lie along the last axis; if that is no whole number of blocks, along the flattened array.
     """
 
     signed: bool = True
@@ -27,7 +27,7 @@ class Codec(abc.ABC):
 
     name: ClassVar[str]
     block: ClassVar[int]
-    """How many numbers share a scale; where there are no scales 1."""
+    """How many numbers share a scale; 1 if there are no scales."""
     per_code: ClassVar[int] = 1
     """How many numbers one element of the codes holds."""
     scale_dtype: ClassVar[Any] = np.float32
@@ -37,12 +37,12 @@ class Codec(abc.ABC):
 
     @property
     def code_dtype(self) -> Any:
-        """What codes are kept as."""
+        """The dtype of the codes."""
         return np.uint8
 
     @property
     def bytes_per_number(self) -> float:
-        """What codes and scales take."""
+        """The bytes of codes and scales for each number."""
         scale = 0 if self.scale_dtype is None else np.dtype(self.scale_dtype).itemsize
         return np.dtype(self.code_dtype).itemsize / self.per_code + scale / self.block
 
@@ -59,13 +59,13 @@ class Codec(abc.ABC):
     ) -> tuple[Array, Array | None]:
         """Codes and scales of a float32 `x` of a whole number of blocks.
 
-        Each number gets the nearest code, or with ``bits_of(array)``, 32 random bits for each number of an array, one
-        of the two beside it at random, the nearer one likelier in proportion. `largest` is that of each block, where
-        `largest_of` has been asked already.
+        Each number gets the nearest code; or, with ``bits_of(array)``, which gives 32 random bits for each number of an
+        array, one of the two codes beside it at random, the nearer one likelier in proportion. `largest` is what
+        `largest_of` gives, if it was called already.
         """
         if largest is None and self.scale_dtype is not None:
             [largest] = largest_of([self], [x])
-        bits = [None if some is None or bits_of is None else bits_of(some) for some in (x, largest)]
+        bits = [None if array is None or bits_of is None else bits_of(array) for array in (x, largest)]
         return self.to_codes(x, largest, *bits)
 
     @abc.abstractmethod
@@ -74,13 +74,13 @@ class Codec(abc.ABC):
     ) -> tuple[Array, Array | None]:
         """`encode`, given the largest magnitude of each block, NaN where it cannot be coded, and random bits for it.
 
-        What is made of `largest` may meet what is made of `x`, such as |x|, but not `x` itself, unless the codec is
-        `looked_up`: XLA would not make `x` in the kernels that want it, but in one more, which writes it out.
+        What is made of `largest` may be combined with what is made of `x`, such as |x|, but not with `x` itself, unless
+        the codec is `looked_up`: else XLA makes `x` in one more kernel, which writes it out, and not where it is read.
         """
 
     @abc.abstractmethod
     def decode(self, codes: Array, scales: Array | None) -> Array:
-        """What codes and scales stand for, in float32, in the shape of the codes but for `per_code` along the last."""
+        """The numbers that codes and scales stand for, in float32: `per_code` for each code along the last axis."""
 
     def spread(self, numbers: Array, shape: tuple[int, ...]) -> Array:
         """The number of each block, for every number of an array of this shape."""
@@ -88,23 +88,22 @@ class Codec(abc.ABC):
 
 
 def _parted(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The shape with its last axis, or if that is no whole number of parts of this size, all of it, counted in them."""
+    """The shape with its last axis counted in parts of this size; flat, if that is no whole number of parts."""
     return (*shape[:-1], shape[-1] // size) if shape and shape[-1] % size == 0 else (math.prod(shape) // size,)
 
 
 def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array]) -> list[Array]:
-    """Of arrays of one shape and codecs of one block the largest magnitude of each block, NaN where it can't be coded.
+    """The largest magnitude of each block, NaN if it can't be coded; of arrays of one shape, for codecs of one block.
 
-    All arrays are read in one pass: what they are made of comes from memory once. Bit patterns are compared, which are
-    in order where numbers are, so that infinity and NaN are largest, and 32 at a time or fewer: XLA on CPUs gives
-    longer reductions, and those of floats, a kernel of their own, and writes out what it reads.
+    All arrays are read in one pass, so what they are made of comes from memory once. Bit patterns are compared, at most
+    32 at a time (X3): they have the order of the magnitudes, with infinity and NaN as the largest.
     """
     [block] = {codec.block for codec in codecs}
     rows = codecs[0].scale_shape(arrays[0].shape)
     *outer, inner = _factors(block)
     highest = [_pattern(codec, x).reshape(*rows, *outer, inner) for codec, x in zip(codecs, arrays, strict=True)]
     for _ in outer:
-        highest = [jnp.max(some, len(rows)) for some in highest]
+        highest = [jnp.max(patterns, len(rows)) for patterns in highest]
     patterns = jnp.max(jnp.stack(highest, len(rows)), -1)
     numbers = jax.lax.bitcast_convert_type(patterns, np.float32)
     numbers = jnp.where(patterns >= _INFINITY, jnp.nan, numbers)
@@ -112,10 +111,10 @@ def largest_of(codecs: Sequence[Codec], arrays: Sequence[Array]) -> list[Array]:
 
 
 def largest_of_written(codec: Codec, x: Array) -> Array:
-    """`largest_of` one array in blocks along its last axis that lies in memory, as what was dear to make does."""
+    """`largest_of` for one array that lies in memory, as looked-up numbers do (X9), with blocks along its last axis."""
     highest, lowest = jnp.max(x, -1), jnp.min(x, -1)
     largest = jnp.maximum(highest, -lowest) if codec.signed else highest
-    # the maximum of a long row is a number though one is NaN, on CPUs (JAX 0.10.2 to 0.12.0); the sum is not
+    # on CPUs the maximum of a long row that has a NaN may be a number (JAX 0.10.2 to 0.12.0); the sum is NaN
     wrong = jnp.isnan(jnp.sum(zero_if_finite(x), -1))
     return jnp.where(wrong if codec.signed else wrong | (lowest < 0), jnp.nan, largest)[..., None]
 
@@ -125,16 +124,16 @@ _SIGN = np.float32(-0.0).view(np.uint32)
 
 
 def _pattern(codec: Codec, x: Array) -> Array:
-    """Bits of each magnitude, those of infinity or larger where it cannot be coded."""
+    """The bits of each magnitude; where it cannot be coded, those of infinity or more."""
     bits = jax.lax.bitcast_convert_type(x, np.uint32)
     return bits & ~_SIGN if codec.signed else jnp.where(x == 0, 0, bits)
 
 
 def _factors(size: int) -> list[int]:
-    """Of a size, each 32 at most where that can be."""
+    """Factors of a size, each at most 32 if that is possible."""
     if size <= 32:
         return [size]
-    factor = max(one for one in range(1, 33) if size % one == 0)
+    factor = max(divisor for divisor in range(1, 33) if size % divisor == 0)
     return [size] if factor == 1 else [*_factors(size // factor), factor]
 
 
@@ -150,10 +149,10 @@ def with_sign_of(x: Array, magnitude: Array) -> Array:
 
 
 def whole(x: Array, low: Any, high: int, bits: Array | None, dtype: Any) -> Array:
-    """The whole number nearest to `x` of less than 256, or with `bits` one of the two beside it, of mean `x`; in range.
+    """The whole number nearest to `x`, within [low, high]; with `bits`, one of the two beside it, of mean `x`.
 
-    In the last bits of x + 3·2²², or with `bits` above the 14 last ones of x + 3·2⁸: XLA's own conversion makes sure of
-    NaN and of numbers too large, for a third of the time of a step.
+    |x| is less than 256. The result is read from the last bits of x + 3·2²², or with `bits` from those above the last
+    14 of x + 3·2⁸: XLA's own conversion also handles NaN and numbers too large, which takes a third of a step's time.
     """
     base = np.float32(3 * 2**22 if bits is None else 3 * 2**8)
     pattern = jax.lax.bitcast_convert_type(x + base, np.int32)
@@ -165,5 +164,5 @@ def whole(x: Array, low: Any, high: int, bits: Array | None, dtype: Any) -> Arra
 
 
 def least(x: Array) -> Array:
-    """The smallest code of each x ≥ 0: only that of 0 is 0."""
+    """The smallest code allowed for each x ≥ 0: 0 for 0, 1 for all others."""
     return (x > 0).astype(np.int32)

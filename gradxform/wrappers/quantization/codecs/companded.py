@@ -1,4 +1,4 @@
-"""Codes of numbers that were made more alike before, in small groups."""
+"""Codes of numbers whose sizes were made more alike first, in small groups."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gradxform.wrappers.quantization.codecs.codec import Codec, inverse, least, 
 class Companded8(Codec):
     """x = s·z/(2 − |z|), z = q/127, and where x ≥ 0, x = (s·q/255)²: finer near zero, in groups of 32.
 
-    The scale is a float16: 6e-8 to 65504, and for roots the same. Below, numbers lose their precision, and blocks of
-    larger ones shrink to it.
+    The scale is a float16: from 6e-8 to 65504, for numbers or, where x ≥ 0, for their roots. Smaller numbers lose their
+    precision, and blocks of larger numbers shrink to 65504.
 
     References:
       Ortiz et al. 2026, arXiv 2602.23349, section 3.2.
@@ -35,13 +35,13 @@ class Companded8(Codec):
     ) -> tuple[Array, Array | None]:
         assert largest is not None
         largest = largest if self.signed else jnp.sqrt(largest)
-        coarse = largest < 2.0**-14  # below the normal numbers of float16: the next one up is its own unit
+        coarse = largest < 2.0**-14  # below float16's normal numbers: its next number up is the unit
         upper = jnp.ceil(largest * 2.0**24) * 2.0**-24
         upper = jnp.where(largest > 0, jnp.maximum(upper, 2.0**-24), upper)
-        # to nearest, a scale sticks that shrinks by less than half of float16's step
+        # rounded to nearest, a scale that shrinks by less than half of float16's step would not change
         scales = jnp.where(coarse, upper, round_to(largest, np.float16, block_bits))
         unit = jnp.where(coarse, upper, largest)
-        per_unit = self.spread(inverse(jnp.minimum(unit, 2.0**126)), x.shape)  # what is larger has no normal inverse
+        per_unit = self.spread(inverse(jnp.minimum(unit, 2.0**126)), x.shape)  # a larger unit has no normal inverse
         if self.signed:
             shares = jnp.abs(x) * per_unit
             codes = whole(with_sign_of(x, shares / (1 + shares) * np.float32(254)), -127, 127, bits, np.int8)
@@ -59,7 +59,7 @@ class Companded8(Codec):
 
 
 def _inverse_up_to_254(x: Array) -> Array:
-    """One over x from 127 to 254, by Newton: a quotient XLA would write out."""
+    """1/x for x from 127 to 254, by Newton's iteration: a quotient would be written out (X9)."""
     y = np.float32(48 / 17 / 254) - np.float32(32 / 17 / 254**2) * x
     for _ in range(3):
         y = y * (2 - x * y)

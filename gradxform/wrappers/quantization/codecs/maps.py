@@ -1,4 +1,4 @@
-"""Codes that are places in a list of numbers."""
+"""Codes that are indices in a list of numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradxform.wrappers.quantization.codecs.codec import Codec, inverse, least
 
 
 class _Mapped(Codec):
-    """x = map[q]·s with the map's entry nearest to x/s, the upper one of two."""
+    """x = map[q]·s with the map's entry nearest to x/s; of two as near, the upper one."""
 
     looked_up: ClassVar[bool] = True
 
@@ -38,7 +38,7 @@ class _Mapped(Codec):
         assert largest is not None
         numbers = self.map
         smallest = smallest_normal(np.float32) / (1.0 if self.signed else float(numbers[numbers > 0].min()))
-        # the inverse of 2¹²⁶ is the smallest normal number; larger ones, of 3e38 at most, become this
+        # larger scales, of 3e38 at most, become 2¹²⁶, whose inverse is the smallest normal number
         scales = jnp.where(largest == 0, 0, jnp.clip(largest, np.float32(smallest), np.float32(2.0**126)))
         shares = x * self.spread(inverse(scales), x.shape)
         if bits is None:
@@ -131,7 +131,7 @@ class Dynamic4(_Mapped):
 def dynamic_map(exponent_bits: int, signed: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
     """0, 1 and the middles of 2ⁱ equal parts of each decade from 10^(i−e), twice as many where nothing is negative.
 
-    i counts the `exponent_bits` e from 0; of e + 1 bits in all. References: see `Dynamic8`.
+    i goes from 0 to e − 1, where e is `exponent_bits`; codes have e + 1 bits. References: see `Dynamic8`.
     """
     numbers = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for exponent in range(exponent_bits):
@@ -150,7 +150,7 @@ def _even(parts: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def midpoints(numbers: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Between neighbours a and b, the least x for which x − a ≥ (b − a)/2 in float32: from there b is the nearer."""
+    """Between neighbours a and b, the least x for which x − a ≥ (b − a)/2 in float32: from there on b is the nearer."""
     low, high = lower, upper = numbers[:-1], numbers[1:]
     while True:  # bisection down to neighbouring floats
         middle = low + (high - low) * np.float32(0.5)

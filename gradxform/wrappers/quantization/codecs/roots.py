@@ -39,7 +39,7 @@ class Root8(Codec):
     ) -> tuple[Array, Array | None]:
         assert largest is not None
         power = 2.0 if self.signed else 4.0
-        # the power of the smallest step is a normal number, and of the largest code times the largest step a finite one
+        # the power of the smallest step is a normal number; that of the largest code times the largest step is finite
         smallest, most = 2.0 ** np.ceil(-126 / power), 2.0 ** (128 / power) / self.levels * (1 - 2.0**-15)
         root = self.root(largest)
         steps = jnp.clip(root * np.float32(1 / self.levels), np.float32(smallest), np.float32(most))
