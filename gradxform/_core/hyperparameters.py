@@ -115,6 +115,9 @@ class Hyperparameter:
             key = (self.name, value if isinstance(value, Multiple) else id(value))
         object.__setattr__(self, "key", key)
 
+    def __reduce__(self) -> Any:  # a copy has a key of its own: its value lies elsewhere
+        return Hyperparameter, (self.value, self.within, self.name, self.group)
+
     def named(self, name: str) -> Hyperparameter:
         """The same value, checked, under the name it already has or else under `name`."""
         name = self.name or name

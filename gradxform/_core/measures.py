@@ -161,9 +161,11 @@ GLOBAL_NORM = Measure(_norm, _norm_across, _joint_norms)
 def leaf_norms(
     leaves: Leaves, acts: Sequence[bool], call: Call, who: str, axis_name: tuple[str, ...] | None
 ) -> jax.Array:
-    """The norm of each leaf that counts, in float32 at least; see `measure_leaves`."""
+    """The norm of each leaf that counts, in float32 at least, 0 without an update; see `measure_leaves`."""
     _, stacked_norms = measure_leaves(leaves, LEAF_NORMS, acts, call, who, axis_name)
-    return stacked_norms.get("norm", jnp.zeros(0, jnp.float32))
+    known = stacked_norms.get("norm", jnp.zeros(0, jnp.float32))
+    given = [leaf.update is not None for leaf, act in zip(leaves.leaves, acts, strict=True) if act]
+    return known if all(given) else jnp.zeros(len(given), known.dtype).at[np.flatnonzero(given)].set(known)
 
 
 def global_norm(

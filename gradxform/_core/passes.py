@@ -76,9 +76,8 @@ class RulePass:
         after = leaves.updated(results)
         first = self.rules[0]
         if first.rescales is not None and len(self.rules) == 1:
-            factors = {
-                dtype: scalar.prepared[0][first.rescales] for dtype, scalar in scalars.items() if scalar.prepared
-            }
+            gathered_as = {dtype: each.prepared[0] for dtype, each in scalars.items()}  # nothing where no leaf counts
+            factors = {d: each[first.rescales] for d, each in gathered_as.items() if first.rescales in each}
             acts = [plan.acts and not plan.ends for plan in plans]
             remember_rescaled(leaves, after, acts, factors, call)
         return after, self._fields(plans, slots, leaves.structure) | memory, report

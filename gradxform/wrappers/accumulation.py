@@ -166,9 +166,9 @@ class Accumulate(Wrapper):
             cast(each, self._dtype(leaf)) if self._adds(leaf, call) else each
             for leaf, each in zip(leaves.leaves, leaves.structure.flatten_up_to(result), strict=True)
         ]
-        zero = jnp.zeros_like(seen.pending)
+        pending, kept = jnp.zeros_like(seen.pending), jnp.zeros_like(seen.kept)  # one array could be donated only once
         steps = None if seen.steps is None else increment(seen.steps)
-        seen = seen._replace(pending=zero, kept=zero, steps=steps, inner=inner)
+        seen = seen._replace(pending=pending, kept=kept, steps=steps, inner=inner)
         return leaves.result(call.wants, results), seen, report
 
     def _calls(self, state: AccumulateState) -> Any:

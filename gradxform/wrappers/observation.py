@@ -148,7 +148,8 @@ class Observe(Wrapper):
         chosen = [[True]] if whole else parts.values()
         places = tuple(tuple(np.flatnonzero(part).tolist()) for part in chosen)
         values = _metrics(places, visible_dtype(), gradient, nonfinite, *others)
-        told = {name: jnp.asarray(value, visible_dtype()) for name, value in report.items()}
+        # arrays of their own: an observer within another one keeps the same report, and both may be donated
+        told = {name: jnp.array(value, visible_dtype()) for name, value in report.items()}
         metrics = dict(sorted((dict(zip(self._names(parts), values, strict=True)) | told).items()))
         return result, ObserveState(unless(call.accepted, state.metrics, metrics), inner), report
 

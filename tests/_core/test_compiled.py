@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import gradxform as gx
+from gradxform._core.hyperparameters import Hyperparameter
 from tests.support import chex
 from tests.support.tables import OPTIMIZERS, WITHOUT_EPS
 from tests.support.trees import assert_same, signature, walk
@@ -288,6 +289,15 @@ def test_transformations_and_states_are_copied(build, duplicate):
 def test_copies_of_what_holds_arrays_do_the_same(tx):
     for duplicate in (copy.deepcopy(tx), pickle.loads(pickle.dumps(tx))):
         assert_same(duplicate.update(PARAMS, duplicate.init(PARAMS)), tx.update(PARAMS, tx.init(PARAMS)))
+
+
+def test_a_copy_is_another_optimizer_than_one_whose_value_has_its_originals_address():
+    copies = [pickle.loads(pickle.dumps(gx.sgd(gx.live(0.1)))) for _ in range(100)]
+    others = [gx.sgd(gx.live(0.5)) for _ in range(1000)]  # some values lie where the originals were
+    assert not set(copies) & set(others)
+    for tx in (copies[0], copy.deepcopy(others[0])):
+        [argument] = tx.body.stages[0].hyperparameters
+        assert argument == Hyperparameter(argument.value, name=argument.name)
 
 
 def test_a_pickled_state_is_still_live():

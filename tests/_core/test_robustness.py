@@ -126,6 +126,15 @@ def test_an_element_gives_the_same_numbers_in_a_leaf_of_any_shape(name):
         assert_same(walk(tx, last(vector), last(gradients)), jax.tree.map(last, (updates, state)))
 
 
+@pytest.mark.parametrize("params", [{}, {"frozen": jnp.ones(2)}], ids=["empty", "frozen"])
+@pytest.mark.parametrize("clip", [gx.clip_by_global_norm(1.0), gx.clip_by_zscore()], ids=["norm", "zscore"])
+def test_a_clip_alone_in_its_pass_may_find_no_leaf(clip, params):
+    tx = gx.chain(gx.freeze(), clip, gx.observe(gx.sgd(0.1)))
+    new_params, state = gx.step(tx, params, tx.init(params), params)
+    assert_same(new_params, params)
+    assert gx.metrics(state)["grad_norm"] == 0
+
+
 @pytest.mark.parametrize("name", WITH_STATE)
 def test_leaves_without_elements_take_part_and_change_nothing(name):
     tx = gx.chain(gx.clip_by_global_norm(1.0), WITH_STATE[name])
@@ -315,6 +324,22 @@ def test_one_schedule_in_two_groups_is_donated_once():
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     step = jax.jit(lambda params, state, grads: gx.step(tx, grads, state, params), donate_argnums=(0, 1))
     step(params, tx.init(params), {"a": jnp.ones(3), "b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        gx.accumulate(gx.sgd(0.1), every=1),
+        gx.accumulate(gx.observe(gx.observe(gx.chain(gx.clip_by_global_norm(1.0), gx.sgd(0.1)))), every=1),
+    ],
+    ids=["accumulate", "observe"],
+)
+def test_a_state_that_was_made_outside_jit_is_donated_once(tx):
+    params = {"a": jnp.ones(3)}
+    _, state = tx.update(params, tx.init(params), params)
+    expected = tx.update(params, state, params)
+    step = jax.jit(lambda state, params: tx.update(params, state, params), donate_argnums=0)
+    assert_same(step(state, params), expected)
 
 
 def test_a_value_that_was_set_is_still_the_users_after_a_donated_step():

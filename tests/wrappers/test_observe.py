@@ -313,6 +313,16 @@ def test_an_observer_within_an_observer_is_led_by_its_place():
     np.testing.assert_allclose(metrics["grad_norm"], norm(jax.tree.leaves(GRADIENTS[0])), rtol=RTOL)
 
 
+def test_a_leaf_without_a_gradient_has_norms_of_zero():
+    tx = gx.observe(gx.sgd(0.5), by="leaf")
+    params = {"a": jnp.ones(2), "b": jnp.full(1, 3.0), "c": jnp.ones(1)}
+    _, state = tx.update({"a": None, "b": jnp.full(1, 4.0), "c": None}, tx.init(params), params)
+    for name, expected in (("", 4), ("/a", 0), ("/b", 4), ("/c", 0)):
+        assert state.metrics[f"grad_norm{name}"] == expected
+        assert state.metrics[f"update_norm{name}"] == expected / 2
+        assert state.metrics[f"nonfinite{name}"] == 0
+
+
 def test_a_state_without_observer_has_counters_and_hyperparameters_only():
     tx = gx.skip_nonfinite(gx.accumulate(gx.sgd(gx.live(0.5)), every=2))
     assert gx.metrics(tx.init(PARAMS)) == {"skipped": 0, "skipped_in_a_row": 0, "dropped": 0, "learning_rate": 0.5}

@@ -22,7 +22,6 @@ from gradxform._core.body import Foreign, Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast
 from gradxform._core.encoded import EncodedParam
-from gradxform._core.encoded import decoded as decoded_leaf
 from gradxform._core.inventory import StateArray, names_of, per_leaf_by_name, shared, state_shapes, within
 from gradxform._core.leaves import Leaves, widened
 from gradxform._core.meshes import put_like
@@ -234,12 +233,15 @@ class QuantizeState(Wrapper):
         return isinstance(self.tx, Foreign)
 
     def inner_params(self, params: Any) -> Any:
-        """Parameters, or updates, as the wrapped transformation gets them."""
+        """Parameters, or updates, as the wrapped transformation gets them; encoded ones, float32 anyway, as they are."""
         if not self.widens:
             return params
-        return jax.tree.map(
-            lambda leaf: widened(decoded_leaf(leaf)) if trees.trainable(trees.aval(leaf)[1]) else leaf, params
-        )
+
+        def wide(leaf: Any) -> Any:
+            narrow = trees.trainable(trees.aval(leaf)[1]) and not isinstance(leaf, EncodedParam)
+            return widened(leaf) if narrow else leaf
+
+        return jax.tree.map(wide, params)
 
     def _seed(self, seed: Any, number: int) -> Any:
         """The seed of the bits that round the next codes of a field; None rounds to nearest."""

@@ -123,6 +123,17 @@ def test_bfloat16_parameters_are_trained_in_float32():
     assert signature(walk(tx, params=params)[1]) == signature(tx.init(params))
 
 
+@pytest.mark.parametrize("wrap", [gx.compensated, gx.master_weights])
+@pytest.mark.parametrize("build", [optax.sgd, gx.sgd])
+def test_low_precision_parameters_around_coded_states_of_either_library(build, wrap):
+    tx, params = wrap(gx.quantize_state(build(0.25, momentum=0.5))), jax.tree.map(jnp.bfloat16, PARAMS)
+    grads = gradients(0, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    stepped, _ = gx.step(tx, grads, tx.init(params), params)
+    expected = wrap(build(0.25)).update(grads, wrap(build(0.25)).init(params), params)[0]
+    assert_same((updates, stepped), (expected, gx.apply_updates(params, expected)))
+
+
 def test_leaves_that_are_kept_are_trained_bit_for_bit_as_without():
     params = {
         "small": jnp.ones(300),
