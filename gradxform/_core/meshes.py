@@ -48,8 +48,8 @@ def divided_like(other: Any, x: Any) -> Any:
 def beside(leaf: Any, slot: Any) -> Any:
     """A new array, divided over devices as a traced leaf of its shape is; without this it would lie on one device.
 
-    The leaf takes part in a selection that never selects it, which costs nothing. (A selection by a scalar would be gone
-    before the compiler divides the work.)
+    The leaf takes part in a selection that never selects it, which costs nothing. A selection by a scalar would be gone
+    before the compiler divides the work.
     """
     if concrete(leaf) or jnp.shape(slot) != leaf.shape or not jnp.issubdtype(slot.dtype, jnp.inexact):
         return slot
