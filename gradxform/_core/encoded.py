@@ -31,6 +31,10 @@ class Encoded(abc.ABC):
     def renewed(self, arrays: Any) -> Encoded:
         """The same, kept as new arrays of the same shapes."""
 
+    @abc.abstractmethod
+    def emptied(self) -> Encoded:
+        """The same without its arrays, to be renewed."""
+
 
 class EncodedMoment(Encoded):
     """A moment of one leaf that is kept as codes."""
@@ -85,6 +89,9 @@ class EncodedParam(Encoded):
     def renewed(self, arrays: Any) -> EncodedParam:
         return dataclasses.replace(self, kept=arrays)
 
+    def emptied(self) -> EncodedParam:
+        return self.renewed(None)
+
     def decoded(self) -> Array:
         """The value, as an array."""
         return _read(self.form, self.kept)
@@ -113,17 +120,17 @@ def decoded(leaf: Any) -> Any:
 
 def cond(condition: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
     """`jax.lax.cond` of functions whose results hold encoded leaves at the same places."""
-    held: list[Any] = []
+    held: list[Any] = []  # the structure, and what is encoded without its arrays, which belong to the branch
 
     def as_arrays(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             leaves, structure = jax.tree.flatten(function())
-            held[:] = [leaves, structure]
+            held[:] = [[leaf.emptied() if isinstance(leaf, Encoded) else None for leaf in leaves], structure]
             return [leaf.arrays() if isinstance(leaf, Encoded) else leaf for leaf in leaves]
 
         return run
 
     given = jax.lax.cond(condition, as_arrays(on_true), as_arrays(on_false))
-    leaves, structure = held
-    pairs = zip(leaves, given, strict=True)
-    return structure.unflatten([leaf.renewed(new) if isinstance(leaf, Encoded) else new for leaf, new in pairs])
+    emptied, structure = held
+    pairs = zip(emptied, given, strict=True)
+    return structure.unflatten([new if leaf is None else leaf.renewed(new) for leaf, new in pairs])

@@ -76,7 +76,7 @@ def cost(advance: Any, *names: str) -> tuple[float, int]:
     dtype = jnp.bfloat16 if LOW_PRECISION & set(names) else jnp.float32
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SHAPES.items()}
     tx = functools.reduce(lambda tx, name: WRAPPERS[name](tx), reversed(names), gx.adamw(1e-3))
-    found = figures.of_step(tx, params, advance, least=1024)
+    found = figures.of_step(tx, params, advance, least=1 << 20)
     return round(found.temporaries, 2), found.copies
 
 

@@ -47,6 +47,9 @@ class Coded(EncodedMoment):
         codes, scales = arrays
         return dataclasses.replace(self, codes=codes, scales=self.scales if scales is None else scales)
 
+    def emptied(self) -> Coded:
+        return dataclasses.replace(self, codes=None, scales=HOLE, seed=None)
+
     @staticmethod
     def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
         """`compiled.on_leaf` for a leaf with moments that are `Coded`."""
