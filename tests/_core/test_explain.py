@@ -13,7 +13,7 @@ import orbax.checkpoint
 import pytest
 
 import gradxform as gx
-from tests.support.strategies import assert_close
+from tests.support.trees import assert_close
 
 pytestmark = pytest.mark.once
 
