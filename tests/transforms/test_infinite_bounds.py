@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gradxform as gx
-from tests.support.strategies import assert_same
+from tests.support.trees import assert_same
 
 pytestmark = pytest.mark.once
 
