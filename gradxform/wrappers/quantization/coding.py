@@ -93,9 +93,7 @@ class Coding:
         try:
             leaves = self.structure.flatten_up_to(kept)
         except ValueError as error:
-            raise ValueError(
-                f"state.inner is another transformation's, or of other parameters; {trees.ANEW}"
-            ) from error
+            raise ValueError(f"state.inner is another transformation's, or of other params; {trees.ANEW}") from error
         columns = {
             (what, field): column(f"state.{what}[{field!r}]", tree[field], structure)
             for field in self.fields
