@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gradxform._core.meshes import partitioned
 from gradxform._core.rule import Array, Rule
 from gradxform.numerics import arithmetic as numerics
 
@@ -97,18 +98,26 @@ class EncodedParam(Encoded):
 @functools.partial(jax.jit, static_argnums=0)
 def _read(form: Form, arrays: Any) -> Array:
     with jax.numpy_dtype_promotion("standard"):
-        return form.read(arrays)
+        return partitioned(form.read, jax.tree.leaves(arrays)[0], arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _write(form: Form, arrays: Any, update: Any, accepted: Any) -> Any:
-    with jax.numpy_dtype_promotion("standard"):
+    def written(arrays: Any, update: Any, accepted: Any) -> Any:
         return form.write(form.read(arrays), numerics.cast(update, np.float32), arrays, accepted)
+
+    with jax.numpy_dtype_promotion("standard"):
+        return partitioned(written, arrays, arrays, update, accepted)
 
 
 def decoded(leaf: Any) -> Any:
     """A leaf as an array."""
     return leaf.decoded() if isinstance(leaf, EncodedParam) else leaf
+
+
+def _without(leaf: Encoded, arrays: Any) -> Encoded:
+    """An encoded leaf with nothing in place of its arrays."""
+    return leaf.renewed(jax.tree.map(lambda array: (), arrays))
 
 
 def cond(condition: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
@@ -118,8 +127,10 @@ def cond(condition: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]
     def as_arrays(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             leaves, structure = jax.tree.flatten(function())
-            held[:] = [leaves, structure]
-            return [leaf.arrays() if isinstance(leaf, Encoded) else leaf for leaf in leaves]
+            arrays = [leaf.arrays() if isinstance(leaf, Encoded) else leaf for leaf in leaves]
+            pairs = zip(leaves, arrays, strict=True)  # those of the branch must not leave it, not even to be replaced
+            held[:] = [[_without(leaf, own) if isinstance(leaf, Encoded) else None for leaf, own in pairs], structure]
+            return arrays
 
         return run
 

@@ -233,7 +233,7 @@ class QuantizeState(Wrapper):
         return isinstance(self.tx, Foreign)
 
     def inner_params(self, params: Any) -> Any:
-        """Parameters, or updates, as the wrapped transformation gets them; encoded ones, float32 anyway, as they are."""
+        """Parameters, or updates, as the wrapped transformation gets them; encoded ones, which are float32, stay."""
         if not self.widens:
             return params
 
