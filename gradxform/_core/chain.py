@@ -197,6 +197,7 @@ class Chain(Body):
     # update
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
+        self._check_state(state)
         if params is None and self.needs_params:
             raise ValueError(f"{self._who_needs_params()} needs the parameters: call update(updates, state, params)")
         tree = updates if params is None else params
@@ -204,7 +205,6 @@ class Chain(Body):
         plan = self.plan(tree, params is not None, eager)
         passes = self.eager[0] if eager else self.passes
         leaves = given = Leaves.of(updates, params, plan.frozen)
-        self._check_state(state)
         values = self._values(state.count, getattr(state, "values", {}))
         numbers = {**values, **self.eager[1]} if eager else values
         fields: dict[str, Any] = {}
@@ -258,7 +258,7 @@ class Chain(Body):
     def _check_state(self, state: Any) -> None:
         expected, fields = self.state_type._fields, getattr(state, "_fields", ())
         keys = sorted(key for key, h in self.hyperparameters.items() if h.visible)
-        if fields != expected:
+        if fields != expected or not hasattr(state, "_shown"):  # optax's may have the same fields
             message = wrong_state("this transformation", state, f"State{expected}", expected)
             if set(fields) ^ set(expected) == {"values"}:
                 differ = ", ".join(keys or sorted(getattr(state, "values", ())))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gradxform._core.meshes import partitioned
 from gradxform._core.rule import Array, Rule
 from gradxform.numerics import arithmetic as numerics
 
@@ -104,13 +105,16 @@ class EncodedParam(Encoded):
 @functools.partial(jax.jit, static_argnums=0)
 def _read(form: Form, arrays: Any) -> Array:
     with jax.numpy_dtype_promotion("standard"):
-        return form.read(arrays)
+        return partitioned(form.read, jax.tree.leaves(arrays)[0], arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _write(form: Form, arrays: Any, update: Any, accepted: Any) -> Any:
-    with jax.numpy_dtype_promotion("standard"):
+    def written(arrays: Any, update: Any, accepted: Any) -> Any:
         return form.write(form.read(arrays), numerics.cast(update, np.float32), arrays, accepted)
+
+    with jax.numpy_dtype_promotion("standard"):
+        return partitioned(written, arrays, arrays, update, accepted)
 
 
 def decoded(leaf: Any) -> Any:

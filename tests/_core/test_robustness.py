@@ -454,13 +454,22 @@ def test_a_rule_may_keep_what_x64_makes_wider():
             assert state.m.dtype == dtype
 
 
-def test_coded_states_of_a_rate_that_is_traced_leak_no_tracer(no_tracer_stays):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        gx.quantize_state,
+        lambda tx: gx.quantize_state(gx.accumulate(tx, 2)),
+        lambda tx: gx.compensated(gx.accumulate(tx, 2)),
+    ],
+    ids=["coded", "coded in a branch", "encoded in a branch"],
+)
+def test_encoded_arrays_and_a_rate_that_is_traced_leak_no_tracer(wrap, no_tracer_stays):
     def run(params, rate):
-        tx = gx.quantize_state(gx.adamw(gx.live(rate)))
+        tx = wrap(gx.adamw(gx.live(rate)))
         return tx.update(params, tx.init(params), params)
 
     with jax.checking_leaks():
-        jax.jit(run)(jnp.ones(4096), 0.1)
+        jax.jit(run)(jnp.ones(4096, jnp.bfloat16), 0.1)
 
 
 def test_wrappers_that_have_run_are_pickled():

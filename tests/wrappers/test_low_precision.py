@@ -245,8 +245,9 @@ def test_vmap_over_seeds_gives_each_run_its_own_noise():
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import gradxform as gx
+import optax
 
 mesh = Mesh(np.array(jax.devices()), ("x",))
 assert mesh.size == 8
@@ -258,7 +259,7 @@ params = {
     "wide": jnp.asarray(random.normal(size=8), jnp.float32),
 }
 
-def sharded(tree):
+def sharded(tree, mesh=mesh):
     return {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in tree.items()}
 
 def run(update, params, state):
@@ -280,6 +281,15 @@ for wrap in (lambda tx: gx.stochastic_rounding(tx, 0), lambda tx: gx.compensated
             for name, leaf in tree.items():
                 if isinstance(leaf, jax.Array):
                     assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), leaf.ndim), (tx, name)
+
+# parameters that something inside moves outside of a rule's compiled call
+typed = Mesh(mesh.devices, ("x",), axis_types=(AxisType.Explicit,))
+with jax.set_mesh(typed):
+    for tx in (gx.compensated(optax.sgd(1e-3)), gx.master_weights(gx.observe(gx.momentum(1e-3)))):
+        expected = bits(run(tx.update, params, tx.init(params))[0])
+        there = sharded(params, typed)
+        for update in (tx.update, jax.jit(tx.update)):
+            assert bits(run(update, there, tx.init(there))[0]) == expected, tx
 print("sharded")
 """
 
