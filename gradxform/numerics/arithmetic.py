@@ -53,19 +53,21 @@ def cast(x: Any, dtype: Any) -> Array:
     return jax.lax.convert_element_type(x, dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def widened_apart(x: Array, dtype: Any) -> Array:
     """`x` in a wider dtype; a bfloat16 by its bits: a conversion that a reduction makes as well is written out (X3)."""
-    if x.dtype != jnp.bfloat16 or dtype != np.float32:
-        return cast(x, dtype)
+    return _by_bits(x) if x.dtype == jnp.bfloat16 and dtype == np.float32 else cast(x, dtype)
+
+
+@jax.custom_jvp
+def _by_bits(x: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(x, np.uint16).astype(np.uint32) << np.uint32(16)
     return jax.lax.bitcast_convert_type(bits, np.float32)
 
 
-@widened_apart.defjvp
-def _(dtype: Any, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    [x], [way] = primals, tangents
-    return widened_apart(x, dtype), cast(way, dtype)
+@_by_bits.defjvp
+def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    [x], [tangent] = primals, tangents
+    return _by_bits(x), cast(tangent, np.float32)
 
 
 def no_update(x: Array) -> Array:
