@@ -155,7 +155,16 @@ class Accumulate(Wrapper):
         pairs = zip(means, leaves.leaves, strict=True)
         each = [None if leaf.update is None else self._reduced(mean, counted["kept"]) for mean, leaf in pairs]
         gradient = leaves.structure.unflatten(each)
-        return gradient, state._replace(**counted, mean=after.mean)
+        return gradient, state._replace(**counted, mean=self._begun(leaves, acts, state, after.mean, call))
+
+    def _begun(self, leaves: Leaves, acts: list[bool], state: AccumulateState, mean: Any, call: Call) -> Any:
+        """The mean, 0 for leaves without a gradient at the first call, at which others forget that of the last step."""
+        rests = [act and leaf.update is None for act, leaf in zip(acts, leaves.leaves, strict=True)]
+        if not any(rests):
+            return mean
+        first = call.also(state.kept == 0)
+        each = zip(rests, leaves.structure.flatten_up_to(mean), strict=True)
+        return leaves.structure.unflatten([jnp.where(first, 0, own) if rest else own for rest, own in each])
 
     def _stepped(
         self, leaves: Leaves, gradient: Any, seen: AccumulateState, params: Any, call: Call

@@ -145,6 +145,15 @@ def test_an_accumulated_mean_waits_where_there_is_no_gradient():
     np.testing.assert_array_equal(updates["b"], [-2, -2, -2])
 
 
+def test_a_mean_that_starts_without_a_gradient_forgets_the_one_before():
+    tx = gx.accumulate(gx.sgd(1.0), 2)
+    state = tx.init(LORA)
+    for value in (8.0, 8.0, None, 3.0):
+        gradient = {"a": None if value is None else jnp.full_like(LORA["a"], value), "b": jnp.ones(3)}
+        updates, state = jax.jit(tx.update)(gradient, state, LORA)
+    np.testing.assert_array_equal(updates["a"], jnp.full_like(LORA["a"], -1.5))
+
+
 # Whole models
 
 
