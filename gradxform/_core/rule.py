@@ -4,7 +4,7 @@ A rule reads its hyperparameters, options and branches from ``step``:
 
     step.number      1 at the first update, a scalar of the arithmetic's dtype
     step.decay       the current value of the argument `decay`
-    step.at_most     a bound on |u|, a float: infinity where none is known
+    step.at_most     a bound on |u|, a float: infinity where none is known in advance
     step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
     step.keep        ``mu = step.keep("mu", mu)``: a new moment as the state will hold it, to go on with
 

@@ -63,6 +63,7 @@ def accumulate(
     descent on the full batch at the memory of a mini-batch. The inner transformation runs, and its
     schedules and moments advance, only at every k-th call. A gradient that is not finite is left out of the mean
     and counted; if none of the k is finite, the inner transformation gets the last one, so that the failure shows.
+    A leaf whose gradient is None at the call that steps stays as it is.
 
     Args:
       tx: Any transformation.
