@@ -101,7 +101,8 @@ def lift(
         where products of matrices gain by it, on GPUs and TPUs, for leaves of up to 2²⁰ elements.
       needs_params: Whether `update` reads ``param``.
       at_most: The name of an argument that bounds the magnitudes of the new update, up to rounding. The next rule
-        finds its value as ``step.at_most``, infinity if it is not constant or outside `jax.jit`, and need not guard against larger ones.
+        finds its value as ``step.at_most``, infinity if it is not constant or outside `jax.jit`, and need not guard
+        against larger ones.
       rescales: The name of a scalar from `gather`, if all that `update` does is to multiply by it: then the norms of
         its results are known to be those of its input times the scalar.
       constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
