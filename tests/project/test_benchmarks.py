@@ -88,7 +88,9 @@ def test_the_rows_for_a_gpu_run_on_a_cpu(tmp_path):
 BARE = """
 import importlib.metadata, runpy, sys
 sys.modules["torch"] = sys.modules["matplotlib"] = None
-importlib.metadata.version = importlib.metadata.distribution = None
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = importlib.metadata.distribution = missing
 sys.argv[:2] = sys.argv[1:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -16,7 +16,7 @@ import optax
 
 from gradxform._core.body import Transformation, body_of
 from gradxform.wrappers.low_precision.forms import RESIDUALS, Compensated, MasterWeights, StochasticRounding
-from gradxform.wrappers.low_precision.lifting import LowPrecision, ParameterForm
+from gradxform.wrappers.low_precision.lifting import LowPrecision
 
 
 def stochastic_rounding(tx: optax.GradientTransformation, key: jax.Array | int) -> Transformation:
@@ -50,7 +50,8 @@ def stochastic_rounding(tx: optax.GradientTransformation, key: jax.Array | int) 
       >>> print(jnp.unique(params), f"{params.astype(float).mean():.4f}")
       [0.996094 1] 0.9990
     """
-    return _around("stochastic_rounding", tx, StochasticRounding(), _seed(key))
+    body = body_of("tx of stochastic_rounding", tx)
+    return Transformation.of(LowPrecision(body, StochasticRounding(), _seed(key)))
 
 
 def compensated(tx: optax.GradientTransformation, residual: str = "bfloat16") -> Transformation:
@@ -86,7 +87,7 @@ def compensated(tx: optax.GradientTransformation, residual: str = "bfloat16") ->
     """
     if residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {', '.join(map(repr, RESIDUALS))}, got {residual!r}")
-    return _around("compensated", tx, Compensated(residual))
+    return Transformation.of(LowPrecision(body_of("tx of compensated", tx), Compensated(residual)))
 
 
 def master_weights(tx: optax.GradientTransformation) -> Transformation:
@@ -116,11 +117,7 @@ def master_weights(tx: optax.GradientTransformation) -> Transformation:
       >>> print(state.residual, gx.apply_updates(params, updates))
       [0.999] [1]
     """
-    return _around("master_weights", tx, MasterWeights())
-
-
-def _around(name: str, tx: Any, form: ParameterForm, key: int | None = None) -> Transformation:
-    return Transformation.of(LowPrecision(body_of(f"tx of {name}", tx), form, key))
+    return Transformation.of(LowPrecision(body_of("tx of master_weights", tx), MasterWeights()))
 
 
 def _seed(key: Any) -> int:

@@ -57,11 +57,16 @@ class Coding:
     in_kernels: bool
     """Whether all are moments of rules, which decode and encode them in the kernels of a step."""
 
+    @property
+    def _coded(self) -> set[int]:
+        return {array.place for array in self.arrays}
+
     @classmethod
     def of(
         cls,
         init: Any,
         inventory: Sequence[StateArray],
+        fields: Sequence[str],
         params: Any,
         codec_of: Callable[[str, trees.Aval], Codec | None],
     ) -> Coding:
@@ -72,15 +77,15 @@ class Coding:
         moments = [
             a for a in inventory if a.leaf is not None and a.aval[0] == shapes[a.leaf] and trees.trainable(a.aval[1])
         ]
+        moments.sort(key=lambda moment: places[moment.path])
         codecs = [codec_of(moment.field, moment.aval) for moment in moments]
         coded = [(moment, codec) for moment, codec in zip(moments, codecs, strict=True) if codec is not None]
-        fields = tuple(dict.fromkeys(moment.field for moment, _ in coded))
         arrays = tuple(
             CodedArray(a.path, places[a.path], a.field, fields.index(a.field), a.leaf, codec, a.aval)
             for a, codec in coded
             if a.leaf is not None
         )
-        return cls(structure, fields, arrays, all(moment.of_rule for moment, _ in coded))
+        return cls(structure, tuple(fields), arrays, all(moment.of_rule for moment, _ in coded))
 
     def opened(
         self, codes: Mapping[str, Any], scales: Mapping[str, Any], kept: Any, structure: Any, decode: Callable[..., Any]
@@ -93,6 +98,10 @@ class Coding:
         try:
             leaves = self.structure.flatten_up_to(kept)
         except ValueError as error:
+            expected = [HOLE if place in self._coded else place for place in range(self.structure.num_leaves)]
+            here = jax.tree.structure(self.structure.unflatten(expected))
+            what = "tx.init(params).inner"
+            trees.check_same_structure("state.inner", jax.tree.structure(kept), what, here, trees.ANEW)
             raise ValueError(f"state.inner is another transformation's, or of other params; {trees.ANEW}") from error
         columns = {
             (what, field): column(f"state.{what}[{field!r}]", tree[field], structure)

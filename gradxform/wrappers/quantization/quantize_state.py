@@ -200,13 +200,23 @@ class QuantizeState(Wrapper):
         shapes = [leaf if a[1] is None else jax.ShapeDtypeStruct(*a) for leaf, a in zip(leaves, avals, strict=True)]
         seen = self.inner_params(structure.unflatten(shapes))
         inventory = self.tx.inventory(seen)
-        known = dict.fromkeys(array.field for array in inventory if array.leaf is not None)
+        known = sorted({array.field for array in inventory if array.leaf is not None})
         for name, _ in self.fields:
-            if not any(name in names_of(field) for field in known):
+            if leaves and not any(name in names_of(field) for field in known):
                 raise ValueError(
-                    f"fields names {name!r}, which is no field of the state of {self.tx!r}; it has {list(known)}"
+                    f"fields names {name!r}, which is no field of the state of {self.tx!r}; it has {known}"
                 )
-        return Coding.of(self.tx.init, inventory, seen, self.codec_of)
+        moments = [field for field in known if role_of(field, dict(self.fields)) in ("signed", "non_negative")]
+        return Coding.of(self.tx.init, inventory, moments if leaves else self._moments, seen, self.codec_of)
+
+    @functools.cached_property
+    def _moments(self) -> list[str]:
+        """The fields of moments where there is no parameter to tell them by: for optax's `tree_map_params`."""
+        try:
+            like = self.coding([jax.ShapeDtypeStruct((self.min_size * self.codec.block,), jnp.float32)])
+        except ValueError:  # patterns that match no path of it
+            return []
+        return list(like.fields)
 
     def fits(self, aval: trees.Aval) -> bool:
         """Whether an array of this shape and dtype can be coded."""
