@@ -77,24 +77,21 @@ _RUN = 32
 
 def _norms_one_by_one(arrays: Sequence[Array], dtype: Any) -> Array:
     """The norm of each array; all norms are taken again if the largest is extreme."""
-
-    def squares(scale: float | None = None) -> Array:
-        # a constant scale in each branch, and only one reduction, for what two reductions read is written out (X3)
-        return jnp.stack([jnp.sum(abs_squared(cast(x, dtype), scale)) for x in arrays])
-
-    def scaled(scale: float) -> Array:
-        sums = squares(scale)
-        return jnp.where(jnp.isfinite(sums), jnp.minimum(jnp.sqrt(sums) / scale, float(info.max)), sums)
-
-    plain = squares()
-    info, largest = jnp.finfo(plain.dtype), jnp.max(plain)
+    # each array has one reduction in a branch, and a scale of its own: what two share would be written out (X3)
+    squares = [jnp.sum(abs_squared(cast(x, dtype))) for x in arrays]
+    info, largest = jnp.finfo(squares[0].dtype), jnp.max(jnp.stack(squares))
     up, down = _up_and_down(info.dtype)
-    usual = (largest > 2.0 ** (info.minexp // 2)) & (largest < float(info.max))
 
     def unusual() -> Array:
-        return jax.lax.cond(largest < 1, lambda: scaled(up), lambda: scaled(down))
+        large = float(info.max)
+        scales = [jnp.where(s < 1, up, jnp.where(s < large, 1.0, down)).astype(info.dtype) for s in squares]
+        pairs = zip(arrays, scales, strict=True)
+        sums = jnp.stack([jnp.sum(abs_squared(cast(x, dtype), scale)) for x, scale in pairs])
+        sizes = jnp.minimum(jnp.sqrt(sums) / jnp.stack(scales), large)
+        return jnp.where(jnp.isfinite(sums), sizes, sums)
 
-    return jax.lax.cond(usual, lambda: jnp.sqrt(plain), unusual)
+    usual = (largest > 2.0 ** (info.minexp // 2)) & (largest < float(info.max))
+    return jax.lax.cond(usual, lambda: jnp.sqrt(jnp.stack(squares)), unusual)
 
 
 def _scaled_norms(groups: Sequence[Sequence[Array]], dtype: Any) -> Array:

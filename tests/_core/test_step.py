@@ -215,7 +215,7 @@ def test_leaves_alone_of_their_shape_are_measured_again_together():
     leaves = [jnp.ones((size,)) for size in (3, 4, 5, 70_000, 80_000, 90_000)]
     tx = gx.clip_by_global_norm(1.0)
     jaxpr = str(jax.make_jaxpr(tx.update)(leaves, tx.init(leaves), leaves))
-    assert (jaxpr.count("while["), jaxpr.count("cond[")) == (1, 2)  # scaled up, or down
+    assert (jaxpr.count("while["), jaxpr.count("cond[")) == (1, 1)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
