@@ -35,8 +35,6 @@ from presets import PRESETS  # noqa: E402
 from rows import ROWS, cases  # noqa: E402
 from workloads import PERIOD, thinned, trees  # noqa: E402
 
-import gradxform as gx  # noqa: E402
-
 
 def run(program: str, *arguments: str | pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -109,7 +107,7 @@ def test_a_bare_checkout_is_enough_and_what_it_cannot_draw_is_said(tmp_path):
     assert "There will be no" in done.stdout
     assert not (tmp_path / "run.png").exists()
     found = results.load(tmp_path / "run.json")
-    assert found.facts["gradxform"] == getattr(gx, "__version__", "of unknown version")
+    assert found.facts["gradxform"] == "0+unknown"
     assert found.results[0].values.keys() == {"optax", "gradxform"}
     assert "| gradxform |" in (tmp_path / "run.md").read_text()
 
