@@ -15,7 +15,7 @@ from jax.tree_util import GetAttrKey
 from gradxform._core import explain, trees
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast
-from gradxform._core.encoded import EncodedParam, decoded
+from gradxform._core.encoded import decoded
 from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.inventory import StateArray, of_foreign, per_leaf, shared, state_shapes, within
 from gradxform._core.leaves import Leaf, Leaves, masked, no_update
@@ -116,7 +116,7 @@ class Foreign(Body):
         """What is wanted of a leaf, made of its update, which may be of any dtype."""
         if leaf.update is None:
             return None
-        if leaf.param is not None and (call.wants == "params" or isinstance(leaf.param, EncodedParam)):
+        if leaf.gives_param(call.wants):
             return leaf._replace(update=update).moved(call.accepted)
         kept = update if call.accepted is None else jnp.where(call.accepted, update, no_update(update))
         return kept if leaf.param is None else cast(kept, leaf.final)

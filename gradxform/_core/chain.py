@@ -18,7 +18,6 @@ from gradxform._core.arguments import visible_dtype
 from gradxform._core.body import Assigned, Body
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast, increment, slot_names
-from gradxform._core.encoded import EncodedParam
 from gradxform._core.explain import wrong_state
 from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
@@ -229,7 +228,7 @@ class Chain(Body):
             leaf = leaves.leaves[index]
             if leaf.update is None:
                 continue
-            if leaves.has_params and (call.wants == "params" or isinstance(leaf.param, EncodedParam)):
+            if leaf.gives_param(call.wants):
                 results[index] = leaf.moved(call.accepted)
             else:
                 update = leaf.update

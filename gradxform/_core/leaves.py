@@ -34,6 +34,10 @@ class Leaf(NamedTuple):
     final: Any
     """The dtype in which its update is returned: the parameter's."""
 
+    def gives_param(self, wants: Literal["updates", "params"]) -> bool:
+        """Whether the parameter is the result, not its update: if it is wanted, or encoded, which always comes back."""
+        return self.param is not None and (wants == "params" or isinstance(self.param, EncodedParam))
+
     def moved(self, accepted: Any = None) -> Any:
         """The parameter after the update."""
         return moved(self.arithmetic, self.param, self.update, accepted)
@@ -97,7 +101,7 @@ class Leaves:
         return self.structure.unflatten(whole)
 
     def _unmoved(self, wants: Literal["updates", "params"], leaf: Leaf, given: Any) -> Any:
-        if self.has_params and (wants == "params" or isinstance(leaf.param, EncodedParam)):
+        if leaf.gives_param(wants):
             return leaf.param
         return no_update(leaf.param if self.has_params else given)
 

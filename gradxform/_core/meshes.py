@@ -101,12 +101,6 @@ def spread(state: Any, params: Any) -> Any:
     return jax.tree.map(moved, state)
 
 
-def put_beside(x: Any, tree: Any) -> Any:
-    """`x` on all devices of the mesh that the arrays of a tree are on, if they are on one."""
-    sharding = everywhere(tree)
-    return x if sharding is None or not (isinstance(x, jax.Array) and concrete(x)) else jax.device_put(x, sharding)
-
-
 def put_like(other: Any, x: Any) -> Any:
     """`x` on the devices of another, concrete array, and divided as that is, if the shape of `x` allows it."""
     sharding = getattr(other, "sharding", None) if concrete(other) else None

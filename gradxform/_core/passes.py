@@ -229,6 +229,6 @@ class TreePass:
         for i, leaf in enumerate(leaves.leaves):
             if leaf.update is None or not plan.acts[i]:
                 results[i] = leaf.update
-            elif not lands and plan.ends[i] and (call.wants == "params" or isinstance(leaf.param, EncodedParam)):
+            elif not lands and plan.ends[i] and leaf.gives_param(call.wants):
                 results[i] = leaf._replace(update=results[i]).moved(call.accepted)
         return leaves.updated(results), {self.field: new_state}, report

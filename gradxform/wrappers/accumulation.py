@@ -206,8 +206,7 @@ class Accumulate(Wrapper):
 
     def _adds(self, leaf: Leaf, call: Call) -> bool:
         """Whether an update of the leaf is wanted, not the new parameter."""
-        kept = call.wants == "params" or isinstance(leaf.param, encoded.EncodedParam)
-        return leaf.update is not None and not kept
+        return leaf.update is not None and not leaf.gives_param(call.wants)
 
     def _dtype(self, leaf: Leaf) -> Any:
         """The dtype of the inner transformation's updates."""

@@ -158,9 +158,7 @@ class Observe(Wrapper):
         if call.wants == "updates" and not any(isinstance(leaf.param, EncodedParam) for leaf in leaves.leaves):
             return stepped
         results = [
-            moved.moved(call.accepted)
-            if leaf.update is not None and (call.wants == "params" or isinstance(leaf.param, EncodedParam))
-            else moved.update
+            moved.moved(call.accepted) if leaf.update is not None and leaf.gives_param(call.wants) else moved.update
             for leaf, moved in zip(leaves.leaves, moves.leaves, strict=True)
         ]
         return leaves.result(call.wants, results)
