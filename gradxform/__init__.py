@@ -87,11 +87,10 @@ from gradxform._core.settings import set_hyperparams as set_hyperparams
 
 # Your own transformation
 from gradxform.rules import Measure as Measure
-from gradxform.rules import Slots as Slots
+from gradxform.rules import RuleState as RuleState
 from gradxform.rules import Step as Step
 from gradxform.rules import fraction as fraction
 from gradxform.rules import lift as lift
-from gradxform.rules import no_slots as no_slots
 from gradxform.rules import non_negative as non_negative
 from gradxform.rules import positive as positive
 

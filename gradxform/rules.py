@@ -6,6 +6,6 @@ ranges; `gradxform.numerics` has the arithmetic that keeps the library's promise
 
 from gradxform._core.hyperparameters import Option, fraction, non_negative, positive
 from gradxform._core.lift import lift
-from gradxform._core.rule import Measure, Slots, Step, no_slots
+from gradxform._core.rule import Measure, RuleState, Step
 
-__all__ = ["Measure", "Option", "Slots", "Step", "fraction", "lift", "no_slots", "non_negative", "positive"]
+__all__ = ["Measure", "Option", "RuleState", "Step", "fraction", "lift", "non_negative", "positive"]

@@ -14,7 +14,7 @@ from gradxform._core.chain import chain_of
 from gradxform._core.lift import stages_of
 from gradxform._core.masks import MaskLike, mask_of
 from gradxform._core.patterns import table_of
-from gradxform._core.rule import Array, Rule, Slots, Step, no_slots
+from gradxform._core.rule import Array, Rule, RuleState, Step, stateless
 from gradxform._core.stages import Group, Groups, Stage, TreeStage
 from gradxform.numerics.arithmetic import no_update
 
@@ -105,10 +105,10 @@ def freeze(mask: MaskLike | None = None) -> Transformation:
       >>> print(updates["embed"], updates["w"])
       [-0. -0.] [-0.05]
     """
-    return Transformation.of(chain_of((Rule("freeze", freeze, no_slots, _stay, mask=mask_of(mask), freezes=True),)))
+    return Transformation.of(chain_of((Rule("freeze", freeze, stateless, _stay, mask=mask_of(mask), freezes=True),)))
 
 
-def _stay(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _stay(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     return no_update(update), state
 
 

@@ -205,7 +205,7 @@ def fraction(value: Numeric, name: str | None = None) -> Hyperparameter:
     Example:
       >>> import gradxform as gx
       >>> def shrink(decay):
-      ...     return gx.lift(gx.no_slots, lambda u, s, p, step: (step.decay * u, s), decay=gx.fraction(decay))
+      ...     return gx.lift(None, lambda u, s, p, step: (step.decay * u, s), decay=gx.fraction(decay))
       >>> print(shrink(0.5).update(3.0, shrink(0.5).init(0.0))[0])
       1.5
       >>> shrink(1.0)

@@ -12,7 +12,7 @@ from gradxform._core.body import Transformation, body_of
 from gradxform._core.chain import Chain, chain_of
 from gradxform._core.hyperparameters import Hyperparameter, Option
 from gradxform._core.masks import MaskLike, mask_of
-from gradxform._core.rule import Array, Branch, Measure, Rule, Slots, Step
+from gradxform._core.rule import Array, Branch, Measure, Rule, RuleState, Step, stateless
 from gradxform._core.stages import Stage, TreeStage
 
 
@@ -51,8 +51,8 @@ def identity() -> Transformation:
 
 
 def lift(
-    init: Callable[[Array], Slots],
-    update: Callable[[Array, Slots, Array | None, Step], tuple[Array, Slots]],
+    init: Callable[[Array], RuleState] | None,
+    update: Callable[[Array, RuleState, Array | None, Step], tuple[Array, RuleState]],
     *,
     constructor: Callable[..., Any] | None = None,
     prepare: Callable[[Step], Mapping[str, Any]] | None = None,
@@ -78,7 +78,7 @@ def lift(
     live values, fusion with its neighbours in a `chain`, one trace per shape.
 
     Args:
-      init: ``init(param)`` gives the state for one array, a dict of arrays by name; `no_slots` if there is
+      init: ``init(param)`` gives the state for one array, a dict of arrays by name; None if there is
         none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment. It is also
         called with shapes alone, of any number of axes or none, to learn the names and shapes of what it gives.
       update: ``update(update, state, param, step)`` gives the new update, of the same shape, and the new
@@ -121,7 +121,7 @@ def lift(
       >>> def scale_by_sign(floor: float) -> gx.Transformation:
       ...     def update(update, state, param, step):
       ...         return jnp.where(jnp.abs(update) > step.floor, jnp.sign(update), 0), state
-      ...     return gx.lift(gx.no_slots, update, floor=floor)
+      ...     return gx.lift(None, update, floor=floor)
       >>> tx = scale_by_sign(0.5)
       >>> tx
       scale_by_sign(0.5)
@@ -142,7 +142,7 @@ def lift(
     rule = Rule(
         name=name,
         constructor=constructor,
-        init=init,
+        init=stateless if init is None else init,
         update=update,
         prepare=prepare,
         measure=measure,

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from gradxform._core.rule import Array, Dynamic, Rule, Slots, Step
+from gradxform._core.rule import Array, Dynamic, Rule, RuleState, Step
 from gradxform._core.trees import is_complex, trainable
 
 
@@ -33,7 +33,7 @@ class Scalars:
 jax.tree_util.register_dataclass(Scalars)
 
 
-def init(rules: tuple[Rule, ...], param: Any) -> tuple[Slots, ...]:
+def init(rules: tuple[Rule, ...], param: Any) -> tuple[RuleState, ...]:
     """The state of `rules` for one array, one dict per rule."""
     return tuple(_init_rule(rule, param) for rule in rules)
 
@@ -57,17 +57,17 @@ def run(
     rules: tuple[Rule, ...],
     scalars: Scalars,
     update: Array,
-    state: tuple[Slots, ...],
+    state: tuple[RuleState, ...],
     param: Array | None,
     keep: Keep = lambda rule, new, old: new,
-) -> tuple[Array, tuple[Slots, ...]]:
+) -> tuple[Array, tuple[RuleState, ...]]:
     """Apply `rules` to one array, one after the other; every moment goes through `keep` once."""
-    new_state: list[Slots] = []
+    new_state: list[RuleState] = []
     at_most = math.inf
     for rule, prepared, slots in zip(rules, scalars.prepared, state, strict=True):
         kept: dict[str, Array] = {}
 
-        def stored(name: str, new: Array, rule: Rule = rule, slots: Slots = slots, kept: Any = kept) -> Array:
+        def stored(name: str, new: Array, rule: Rule = rule, slots: RuleState = slots, kept: Any = kept) -> Array:
             if name not in slots:
                 raise ValueError(f"{rule.name} keeps {name!r}, its init made {sorted(slots)}")
             _check_kept(rule, f"the state {name}", slots[name], new)
@@ -118,11 +118,13 @@ def step_of(
     return Step(number=scalars.number, **arguments, **prepared)
 
 
-def _branch(rules: tuple[Rule, ...], scalars: Scalars, keep: Keep) -> Callable[..., tuple[Array, tuple[Slots, ...]]]:
+def _branch(
+    rules: tuple[Rule, ...], scalars: Scalars, keep: Keep
+) -> Callable[..., tuple[Array, tuple[RuleState, ...]]]:
     return lambda update, state, param: run(rules, scalars, update, state, param, keep)
 
 
-def _init_rule(rule: Rule, param: Any) -> Slots:
+def _init_rule(rule: Rule, param: Any) -> RuleState:
     slots = {name: _as_state(value, rule.state_dtype) for name, value in rule.init(param).items()}
     return {**slots, **{name: init(branch, param) for name, branch in rule.branches}}
 

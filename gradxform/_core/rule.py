@@ -27,7 +27,7 @@ from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.masks import Mask
 
 Array: TypeAlias = jax.Array
-Slots: TypeAlias = dict[str, Any]
+RuleState: TypeAlias = dict[str, Any]
 """The state of one rule for one array, by name: ``{"mu": m}``; a branch's state stands under the branch's name."""
 
 
@@ -60,18 +60,12 @@ class Branch:
         return f"chain({', '.join(map(repr, self.rules))})"
 
 
-def no_slots(param: Array) -> Slots:
-    """{}: the `init` of a rule without state.
-
-    Args:
-      param: The parameter; not looked at.
-
-    Example: see `lift`.
-    """
+def stateless(param: Array) -> RuleState:
+    """The `init` of a rule without state."""
     return {}
 
 
-def pass_through(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def pass_through(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     """u ← u"""
     return update, state
 
@@ -92,7 +86,7 @@ class Measure:
       ...         return {"all": jnp.max(measured["largest"])}
       ...     def update(update, state, param, step):
       ...         return update / step.all, state
-      ...     return gx.lift(gx.no_slots, update, measure=LARGEST, gather=gather, axis_name=axis_name)
+      ...     return gx.lift(None, update, measure=LARGEST, gather=gather, axis_name=axis_name)
       >>> tx = divide_by_largest()
       >>> print(tx.update({"a": jnp.array(4.0), "b": jnp.array(-1.0)}, tx.init({"a": 0.0, "b": 0.0}))[0]["b"])
       -0.25
@@ -114,8 +108,8 @@ class Rule:
 
     name: str
     constructor: Callable[..., Any] | None
-    init: Callable[[Array], Slots]
-    update: Callable[[Array, Slots, Array | None, Step], tuple[Array, Slots]]
+    init: Callable[[Array], RuleState]
+    update: Callable[[Array, RuleState, Array | None, Step], tuple[Array, RuleState]]
     prepare: Callable[[Step], Mapping[str, Any]] | None = None
     measure: Measure | None = None
     gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None
@@ -229,5 +223,5 @@ class Rule:
 
 _NO_RULES = Branch(())
 
-NOTHING = Rule("identity", None, no_slots, pass_through)
+NOTHING = Rule("identity", None, stateless, pass_through)
 """What stands in place of a rule on a leaf that it leaves alone."""

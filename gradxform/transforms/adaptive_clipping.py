@@ -14,7 +14,7 @@ from gradxform._core.hyperparameters import Numeric, Option, bound, fraction, no
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.measures import GLOBAL_NORM, LEAF_NORMS
-from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import clamp, is_constant, largest_square, lerp, root
 from gradxform.numerics.norms import factor_to, norm
 
@@ -51,7 +51,7 @@ def clip_by_param_norm(
        [1.         0.17677669]]
     """
     return lift(
-        no_slots,
+        None,
         _clip_units,
         constructor=clip_by_param_norm,
         mask=mask,
@@ -105,7 +105,7 @@ def clip_by_zscore(
       [2.0062625]
     """
     return lift(
-        no_slots,
+        None,
         _rescale,
         constructor=clip_by_zscore,
         measure=GLOBAL_NORM,
@@ -185,7 +185,7 @@ def _axes(axis: Any) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def _clip_units(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _clip_units(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     assert param is not None
     axes = None
     if update.ndim > 1:
@@ -204,7 +204,7 @@ def _clip_units(update: Array, state: Slots, param: Array | None, step: Step) ->
     return update * factor_to(norm(update, axes), limit), state
 
 
-def _rescale(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _rescale(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     return update * step.factor, state
 
 
@@ -233,7 +233,7 @@ def _gather_zscore(measured: Any, step: Step) -> dict[str, Array]:
     }
 
 
-def _average_norm(param: Array) -> Slots:
+def _average_norm(param: Array) -> RuleState:
     return {"norm": jnp.zeros((), param.real.dtype)}
 
 
@@ -241,7 +241,7 @@ def _gather_average(measured: Any, step: Step) -> dict[str, Array]:
     return {"factor": factor_to(norm(measured["norm"]), step.max_norm)}
 
 
-def _clip_to_average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _clip_to_average(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     average = state["norm"]
     warming = (step.number < step.warmup) | (average == 0)
     own = factor_to(step.norm, step.max_ratio * jnp.maximum(average, step.eps))

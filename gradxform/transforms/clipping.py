@@ -13,7 +13,7 @@ from gradxform._core.hyperparameters import Numeric, bound
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.measures import GLOBAL_NORM
-from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import is_constant
 from gradxform.numerics.norms import factor_to, norm
 
@@ -34,7 +34,7 @@ def clip_by_value(max_value: Numeric) -> Transformation:
       >>> print(tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))[0])
       [ 1.  -0.5]
     """
-    return lift(no_slots, _clip, constructor=clip_by_value, at_most="max_value", max_value=bound(max_value))
+    return lift(None, _clip, constructor=clip_by_value, at_most="max_value", max_value=bound(max_value))
 
 
 def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
@@ -54,7 +54,7 @@ def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
       [0.6 0.8]
     """
     limit = bound(max_norm)
-    return lift(no_slots, _clip_leaf, constructor=clip_by_leaf_norm, whole=True, at_most="max_norm", max_norm=limit)
+    return lift(None, _clip_leaf, constructor=clip_by_leaf_norm, whole=True, at_most="max_norm", max_norm=limit)
 
 
 def clip_by_global_norm(
@@ -89,7 +89,7 @@ def clip_by_global_norm(
       0.6 0.8
     """
     return lift(
-        no_slots,
+        None,
         _rescale,
         constructor=clip_by_global_norm,
         measure=GLOBAL_NORM,
@@ -103,7 +103,7 @@ def clip_by_global_norm(
     )
 
 
-def _clip(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _clip(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     if is_constant(step.max_value, math.inf):
         return update, state
     if jnp.iscomplexobj(update):
@@ -111,13 +111,13 @@ def _clip(update: Array, state: Slots, param: Array | None, step: Step) -> tuple
     return jnp.clip(update, -step.max_value, step.max_value), state
 
 
-def _clip_leaf(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _clip_leaf(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     if is_constant(step.max_norm, math.inf):
         return update, state
     return update * factor_to(norm(update), step.max_norm), state
 
 
-def _rescale(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _rescale(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     return update * step.factor, state
 
 

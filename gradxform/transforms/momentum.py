@@ -10,7 +10,7 @@ from gradxform._core.arguments import Range, flag
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, fraction, ranged
 from gradxform._core.lift import lift
-from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import is_constant, lerp, one_minus_power
 
 
@@ -82,14 +82,14 @@ def bias_correction(decay: Numeric = 0.9) -> Transformation:
       >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
       [1. 1.]
     """
-    return lift(no_slots, _correct, constructor=bias_correction, prepare=_correction, decay=fraction(decay))
+    return lift(None, _correct, constructor=bias_correction, prepare=_correction, decay=fraction(decay))
 
 
-def _zeros(param: Array) -> Slots:
+def _zeros(param: Array) -> RuleState:
     return {"mu": jnp.zeros_like(param)}
 
 
-def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _average(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     weight = 1 - step.decay
     mu = step.keep("mu", lerp(state["mu"], update, weight))
     if step.nesterov:
@@ -97,7 +97,7 @@ def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tu
     return mu * step.now if step.debias else mu, {"mu": mu}
 
 
-def _heavy_ball(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _heavy_ball(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     weighted = update if is_constant(step.dampening, 0.0) else step.weight * update
     mu = step.keep("mu", step.decay * state["mu"] + weighted)
     return _ahead(mu, update, step) if step.nesterov else mu, {"mu": mu}
@@ -127,5 +127,5 @@ def _correction(step: Step) -> dict[str, Any]:
     return {"factor": 1 / one_minus_power(step.decay, step.number)}
 
 
-def _correct(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _correct(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     return step.factor * update, state

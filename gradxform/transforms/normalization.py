@@ -10,7 +10,7 @@ from gradxform._core.arguments import flag, square_dtype
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, fraction, non_negative
 from gradxform._core.lift import branch, lift
-from gradxform._core.rule import Array, Slots, Step
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import (
     abs_squared,
     clamp,
@@ -137,11 +137,11 @@ _STEPS_ROOT = 2.0**16
 """The sum of squares stays finite over 2³² steps of the largest update."""
 
 
-def _variance(param: Array) -> Slots:
+def _variance(param: Array) -> RuleState:
     return {"nu": jnp.zeros_like(param, dtype=real_dtype(param.dtype))}
 
 
-def _variance_and_mean(param: Array) -> Slots:
+def _variance_and_mean(param: Array) -> RuleState:
     return {**_variance(param), "mu": jnp.zeros_like(param)}
 
 
@@ -159,7 +159,7 @@ def _start(step: Step, initial: Any) -> dict[str, Any]:
     return {} if is_constant(initial, 0.0) else {"start": jnp.where(step.number == 1, initial, 0.0)}
 
 
-def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _divide_by_rms(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     bounded, squares = _squares(update, largest_square(update.dtype), step)
     direction, of = step.of(bounded, state["of"], param)
     nu = step.keep("nu", lerp(_before(state["nu"], step.initial_scale, step), squares, 1 - step.decay))
@@ -172,7 +172,7 @@ def _divide_by_rms(update: Array, state: Slots, param: Array | None, step: Step)
     return _quotient(direction, variance, step), {"nu": nu, "mu": mu, "of": of}
 
 
-def _divide_by_rss(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _divide_by_rss(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     bounded, squares = _squares(update, largest_square(update.dtype) / _STEPS_ROOT, step)
     direction, of = step.of(bounded, state["of"], param)
     nu = step.keep("nu", _before(state["nu"], step.initial_accumulator_value, step) + squares)

@@ -6,7 +6,7 @@ from gradxform._core.arguments import FINITE
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, Schedule, non_negative, ranged
 from gradxform._core.lift import lift
-from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform._core.rule import Array, RuleState, Step
 
 
 def scale(factor: Numeric) -> Transformation:
@@ -25,7 +25,7 @@ def scale(factor: Numeric) -> Transformation:
       >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
       [3. 3.]
     """
-    return lift(no_slots, _scale, constructor=scale, factor=ranged(factor, FINITE))
+    return lift(None, _scale, constructor=scale, factor=ranged(factor, FINITE))
 
 
 def scale_by_schedule(schedule: Schedule) -> Transformation:
@@ -47,7 +47,7 @@ def scale_by_schedule(schedule: Schedule) -> Transformation:
     """
     if not callable(schedule):
         raise TypeError(f"schedule must be a function of the step, got {schedule!r}; for a number use scale")
-    return lift(no_slots, _scale, constructor=scale_by_schedule, factor=schedule)
+    return lift(None, _scale, constructor=scale_by_schedule, factor=schedule)
 
 
 def scale_by_learning_rate(learning_rate: Numeric) -> Transformation:
@@ -66,12 +66,12 @@ def scale_by_learning_rate(learning_rate: Numeric) -> Transformation:
       >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
       [-0.5 -0.5]
     """
-    return lift(no_slots, _descend, constructor=scale_by_learning_rate, learning_rate=non_negative(learning_rate))
+    return lift(None, _descend, constructor=scale_by_learning_rate, learning_rate=non_negative(learning_rate))
 
 
-def _scale(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _scale(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     return step.factor * update, state
 
 
-def _descend(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _descend(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     return -step.learning_rate * update, state

@@ -6,7 +6,7 @@ from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, non_negative
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
-from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import is_constant
 
 
@@ -43,7 +43,7 @@ def add_decoupled_weight_decay(weight_decay: Numeric = 1e-4, mask: MaskLike | No
       [0.5 0.5] [0. 0.]
     """
     return lift(
-        no_slots,
+        None,
         _add,
         constructor=add_decoupled_weight_decay,
         mask=mask,
@@ -74,7 +74,7 @@ def add_l2_regularization(weight_decay: Numeric = 1e-4, mask: MaskLike | None = 
       chain(add_l2_regularization(0.01), scale_by_learning_rate(0.1))
     """
     return lift(
-        no_slots,
+        None,
         _add,
         constructor=add_l2_regularization,
         mask=mask,
@@ -83,6 +83,6 @@ def add_l2_regularization(weight_decay: Numeric = 1e-4, mask: MaskLike | None = 
     )
 
 
-def _add(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _add(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     decay = step.weight_decay
     return (update if is_constant(decay, 0.0) else update + decay * param), state

@@ -19,7 +19,7 @@ from gradxform._core.hyperparameters import live
 from gradxform._core.leaves import Leaf, Leaves, masked, no_update
 from gradxform._core.lift import lift
 from gradxform._core.measures import all_finite
-from gradxform._core.rule import Array, Slots, Step
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import ANEW, concrete, unless
 from gradxform._core.values import scheduled
@@ -213,11 +213,11 @@ class Accumulate(Wrapper):
         return leaf.arithmetic if self.lands else leaf.final
 
 
-def _zeros(param: Array) -> Slots:
+def _zeros(param: Array) -> RuleState:
     return {"mean": jnp.zeros_like(param)}
 
 
-def _average(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _average(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     first = step.number == 1  # the first gradient replaces the old mean, so nobody needs to reset it
     mean = jnp.where(first, update, lerp(state["mean"], update, 1 / step.number))
     # while no gradient was finite, the last one stands for the mean, so that the failure shows

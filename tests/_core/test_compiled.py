@@ -108,7 +108,7 @@ def _counted(update, state, param, step):
 def test_a_rule_built_anew_is_not_traced_anew():
     TRACED_RULES.clear()
     for _ in range(3):
-        tx = gx.chain(gx.lift(gx.no_slots, _counted, factor=3.0), gx.sgd(0.1))
+        tx = gx.chain(gx.lift(None, _counted, factor=3.0), gx.sgd(0.1))
         tx.update(PARAMS, tx.init(PARAMS))
     assert len(TRACED_RULES) == SHAPES
 

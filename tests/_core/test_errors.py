@@ -499,7 +499,7 @@ def rule(
     at_most_unknown=(rule(at_most="limit", floor=1.0), TypeError, "at_most & 'limit' & floor"),
     gather_alone=(rule(gather=lambda measured, step: {}), TypeError, "measure & gather"),
     needs_params=(
-        lambda: step(gx.lift(gx.no_slots, lambda u, s, p, step: (u + p, s), needs_params=True), params=None),
+        lambda: step(gx.lift(None, lambda u, s, p, step: (u + p, s), needs_params=True), params=None),
         ValueError,
         "needs the parameters",
     ),
@@ -579,7 +579,7 @@ def masked(mask: Any) -> Callable[[], Any]:
         TypeError,
         "mask('b', leaf)",
     ),
-    without_params=(lambda: step(gx.lift(gx.no_slots, pass_on, mask="w"), params=None), ValueError, "pass_on & params"),
+    without_params=(lambda: step(gx.lift(None, pass_on, mask="w"), params=None), ValueError, "pass_on & params"),
 )
 def test_masks(row):
     check(row)

@@ -239,7 +239,7 @@ def crooked(update: Any, state: Any, param: Any, step: Any) -> Any:
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 FAILING = {
     "schedule": gx.adam(lambda step: fail(step) if isinstance(step, Tracer) else 0.1),
-    "rule": gx.chain(gx.momentum(0.1), gx.lift(gx.no_slots, crooked)),
+    "rule": gx.chain(gx.momentum(0.1), gx.lift(None, crooked)),
     "foreign": gx.chain(gx.momentum(0.1), (lambda params: (), fail), gx.momentum(0.1)),
 }
 BAD = {

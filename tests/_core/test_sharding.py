@@ -146,10 +146,10 @@ ON_TYPED_MESHES = {
     "another library's in groups": gx.quantize_state(optax.sgd(0.01, momentum=0.9), "companded8", min_size=256),
     "compensated": gx.compensated(gx.sgd(0.01), "int8"),
     "each leaf by its norm, then sorted": gx.chain(
-        gx.clip_by_leaf_norm(0.1), gx.clip_by_param_norm(0.1), gx.lift(gx.no_slots, sorted_in_rows_of_three)
+        gx.clip_by_leaf_norm(0.1), gx.clip_by_param_norm(0.1), gx.lift(None, sorted_in_rows_of_three)
     ),
     "by the largest of all": gx.lift(
-        gx.no_slots,
+        None,
         lambda update, state, param, step: (update / step.all, state),
         constructor=largest,
         measure=LARGEST,

@@ -146,7 +146,7 @@ def test_a_compiled_rule_knows_what_a_clip_just_before_it_lets_through():
             seen.append(step.at_most)
             return update, state
 
-        tx = gx.chain(*stages, gx.lift(gx.no_slots, update))
+        tx = gx.chain(*stages, gx.lift(None, update))
         jax.eval_shape(tx.update, leaf, tx.init(leaf))  # outside jit a bound is an argument, not known in advance
         return seen[-1]
 

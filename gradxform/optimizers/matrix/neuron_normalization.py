@@ -11,7 +11,7 @@ from gradxform._core.arguments import square_dtype
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, fraction, non_negative
 from gradxform._core.lift import lift
-from gradxform._core.rule import Array, Slots, Step
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import clamp, largest_square, lerp, root, zero_if_finite
 from gradxform.numerics.norms import norm
 from gradxform.optimizers.matrix.layouts import Layout, layout_of
@@ -65,12 +65,12 @@ class _Init:
 
     layout: Layout
 
-    def __call__(self, param: Array) -> Slots:
+    def __call__(self, param: Array) -> RuleState:
         fits = self.layout.misfit(param.shape, param.dtype) is None  # if not, the update raises
         return {"nu": jnp.zeros(self.layout.neurons(param.shape) if fits else (), param.dtype)}
 
 
-def _divide(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _divide(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     layout = layout_of(step.layout)
     pairs = zip(layout.cut(update), layout.cut(state["nu"]), strict=True)
     updates, nus = zip(*(_divide_even(layout.even, piece, nu, step) for piece, nu in pairs), strict=True)

@@ -16,7 +16,7 @@ from gradxform._core.arguments import FINITE, count_of, flag, float_dtype, numbe
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, Option, non_negative
 from gradxform._core.lift import lift
-from gradxform._core.rule import Array, Slots, Step, no_slots
+from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import cast, smallest_normal, times
 from gradxform.optimizers.matrix.layouts import layout_of
 
@@ -92,7 +92,7 @@ def orthogonalize(
     narrow = float_dtype("dtype", dtype)
     found = layout_of(layout)
     return lift(
-        no_slots,
+        None,
         _orthogonalize,
         constructor=orthogonalize,
         whole=True,
@@ -108,7 +108,7 @@ def orthogonalize(
     )
 
 
-def _orthogonalize(update: Array, state: Slots, param: Array | None, step: Step) -> tuple[Array, Slots]:
+def _orthogonalize(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     if update.size == 0:
         return update, state
     polynomials = _METHODS[step.method](step.steps) if step.coefficients is None else step.coefficients
