@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -99,6 +100,14 @@ def axes(name: str, value: Any) -> tuple[str, ...] | None:
     if not isinstance(names, tuple | list) or not all(isinstance(axis, str) for axis in names):
         raise TypeError(f"{name} must be the name of a mesh axis or a sequence of names, got {value!r}")
     return tuple(names)
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """A sequence of names, such as ``extra=``."""
+    found = () if isinstance(value, str) or not is_a(value, Sequence) else tuple(value)
+    if not all(isinstance(each, str) and each.isidentifier() for each in found) or len(found) != len(value or ()):
+        raise TypeError(f"{name} must be a sequence of names such as ('value',), got {value!r}")
+    return found
 
 
 def count_of(name: str, value: object) -> int:

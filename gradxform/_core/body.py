@@ -60,6 +60,20 @@ class Body(abc.ABC):
         """Whether something in it depends on all leaves at once, such as a global norm."""
         return False
 
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The extra arguments of ``update`` that something in it says it reads, such as ``value``."""
+        return ()
+
+    @property
+    def views(self) -> bool:
+        """Whether other parameters than those that are trained are to be evaluated."""
+        return False
+
+    def view(self, state: Any, params: Any) -> Any:
+        """The parameters to evaluate."""
+        return params
+
     @abc.abstractmethod
     def init(self, params: Any) -> Any: ...
 
@@ -157,6 +171,17 @@ class Wrapper(Body):
     def needs_params(self) -> bool:
         return self.tx.needs_params
 
+    @property
+    def extra(self) -> tuple[str, ...]:
+        return self.tx.extra
+
+    @property
+    def views(self) -> bool:
+        return self.tx.views
+
+    def view(self, state: Any, params: Any) -> Any:
+        return self.tx.view(state.inner, params)
+
     def frozen(self, params: Any) -> list[bool]:
         return self.tx.frozen(params)
 
@@ -187,7 +212,8 @@ class Wrapper(Body):
         return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __repr__(self) -> str:
-        options = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:])
+        fields = dataclasses.fields(self)[1:]
+        options = ((f.metadata.get("written", f.name), getattr(self, f.name), f.default) for f in fields)
         changed = [f"{name}={value!r}" for name, value, default in options if value != default]
         return f"{self.name}({', '.join([repr(self.tx), *changed])})"
 

@@ -19,6 +19,7 @@ from gradxform._core.body import Assigned, Body
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast, increment, slot_names
 from gradxform._core.explain import wrong_state
+from gradxform._core.extras import extra_of
 from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
 from gradxform._core.leaves import Leaves, masked, no_update
@@ -47,11 +48,20 @@ class Chain(Body):
     def __post_init__(self) -> None:
         object.__setattr__(self, "flat", expanded(self.stages))
         for stage, following in itertools.pairwise(self.stages):
-            if chain_of((stage,)).lands:
+            alone = chain_of((stage,))
+            if alone.lands:
                 raise TypeError(
                     f"{stage!r} must be the last stage, or low-precision parameters miss the values that it chose "
                     f"for them; put {following!r} before it or inside it"
                 )
+            if any(isinstance(each, Rule) and each.last for each in alone.flat):
+                raise TypeError(
+                    f"{stage!r} must be the last stage, for it averages the parameters that its updates lead to; put "
+                    f"{following!r} before it"
+                )
+        viewing = [stage for stage in self.stages if len(self.stages) > 1 and chain_of((stage,)).views]
+        if len(viewing) > 1:
+            raise TypeError(f"{viewing[0]!r} and {viewing[1]!r} both say which parameters to evaluate; use one of them")
 
     # What is derived from the stages
 
@@ -77,6 +87,20 @@ class Chain(Body):
     @property
     def measures(self) -> bool:
         return any(map(measures, self.flat))
+
+    @functools.cached_property
+    def views(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (cached)
+        return any(stage.view is not None if isinstance(stage, Rule) else stage.body.views for stage in self.flat)
+
+    @functools.cached_property
+    def extra(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (cached)
+        return tuple(dict.fromkeys(name for stage in self.flat for name in extra_of_stage(stage)))
+
+    @functools.cached_property
+    def _own_extra(self) -> list[tuple[str, str]]:
+        """The extra arguments that its rules read, each with the rule that reads it."""
+        rules = [part for stage in self.flat if isinstance(stage, Rule) for part in stage.parts]
+        return [(part.name, name) for part in rules for name in part.extra]
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
@@ -118,18 +142,21 @@ class Chain(Body):
         for stage in self.flat:
             if isinstance(stage, TreeStage):
                 runs.append(stage)
-            elif runs and isinstance(runs[-1], list) and stage.measure is None:
+            elif runs and isinstance(runs[-1], list) and not stage.joint:
                 runs[-1].append(bind(stage))
             else:
                 runs.append([bind(stage)])
         owned = [["inner"] if isinstance(run, TreeStage) else slot_names(tuple(run)) for run in runs]
         memories = [[] if isinstance(run, TreeStage) else [name for name, _ in run[0].memory] for run in runs]
-        names = iter(unique_names([name for each in (*owned, *memories) for name in each]))
-        fields = [tuple(next(names) for _ in each) for each in owned]
-        memory = [tuple(next(names) for _ in each) for each in memories]
+        seeds = [
+            [] if isinstance(run, TreeStage) else ["seed" for rule in run if rule.seed is not None] for run in runs
+        ]
+        names = iter(unique_names([name for each in (*owned, *memories, *seeds) for name in each]))
+        columns = [[tuple(next(names) for _ in each) for each in column] for column in (owned, memories, seeds)]
+        stages = itertools.accumulate(map(len, seeds), initial=0)
         return tuple(
-            TreePass(run, *own) if isinstance(run, TreeStage) else RulePass(tuple(run), own, kept)
-            for run, own, kept in zip(runs, fields, memory, strict=True)
+            TreePass(run, *own) if isinstance(run, TreeStage) else RulePass(tuple(run), own, kept, drawn, stage)
+            for run, own, kept, drawn, stage in zip(runs, *columns, stages, strict=False)
         )
 
     @functools.cached_property
@@ -137,8 +164,8 @@ class Chain(Body):
         """The state's fields for moments, for what is remembered of all leaves, and for the states of tree stages."""
         of_rules = [each for each in self.passes if isinstance(each, RulePass)]
         moments = sorted(name for each in of_rules for name in each.fields)
-        memory = [name for each in of_rules for name in each.memory]
-        return (*moments, *memory, *(each.field for each in self.passes if isinstance(each, TreePass)))
+        shared = [name for each in of_rules for name in (*each.memory, *each.seeds)]
+        return (*moments, *shared, *(each.field for each in self.passes if isinstance(each, TreePass)))
 
     @functools.cached_property
     def state_type(self) -> Any:
@@ -163,7 +190,7 @@ class Chain(Body):
                 self._plans.pop(next(iter(self._plans)))
             passes = self.eager[0] if eager else self.passes
             parts = [each.stage if isinstance(each, TreePass) else each.rules for each in passes]
-            self._plans[key] = make_plan(parts, selection, key[1])
+            self._plans[key] = make_plan(parts, selection, key[1], structure)
         return self._plans[key]
 
     def _select(self, tree: Any, given: bool) -> Selection:
@@ -186,8 +213,12 @@ class Chain(Body):
             if not frozen:
                 trees.check_trainable("params", structure, index, trees.avals([leaf])[0])
         fields: dict[str, Any] = {}
+        seeds = [stage.seed for stage in self.flat if isinstance(stage, Rule) and stage.seed is not None]
         for each, own in zip(self.passes, plan.passes, strict=True):
-            fields |= each.initial(own, params, leaves, structure)
+            if isinstance(each, TreePass):
+                fields |= each.initial(own, leaves, structure)
+            else:
+                fields |= each.initial(own, leaves, structure, seeds[each.stage : each.stage + len(each.seeds)])
         count = jnp.zeros((), jnp.int32)
         # copies: a step that donates its state must not delete a user's array, nor be given one twice
         visible = jax.tree.map(jnp.array, self._visible(self._values(count, {})))
@@ -206,6 +237,7 @@ class Chain(Body):
         leaves = given = Leaves.of(updates, params, plan.frozen)
         values = self._values(state.count, getattr(state, "values", {}))
         numbers = {**values, **self.eager[1]} if eager else values
+        extra = {name: extra_of(who, name, call) for who, name in self._own_extra}
         fields: dict[str, Any] = {}
         told: list[jax.Array] = []
         for each, own, following in itertools.zip_longest(passes, plan.passes, passes[1:]):
@@ -213,13 +245,28 @@ class Chain(Body):
                 leaves, new, report = each.run(state, leaves, own, call)
             else:
                 rounds = isinstance(following, TreePass) and following.rounds
-                leaves, new, report = each.run(state, leaves, own, numbers, call, rounds)
+                leaves, new, report = each.run(state, leaves, own, numbers, extra, call, rounds)
             fields |= new
             told += report.values()
         result = given.result(call.wants, self._results(leaves, plan, call))
         visible = {"count": increment(state.count), **self._visible(values)}
         visible = unless(call.accepted, {name: getattr(state, name) for name in visible}, visible)
         return result, self.state_type(**visible, **fields), dict(zip(self.reports, told, strict=True))
+
+    # view
+
+    def view(self, state: Any, params: Any) -> Any:
+        if not self.views:
+            return params
+        self._check_state(state)
+        seen, structure = jax.tree.flatten(params)
+        plan, values = self.plan(params), self._values(state.count, getattr(state, "values", {}))
+        for each, own in zip(self.passes, plan.passes, strict=True):
+            if isinstance(each, TreePass):
+                seen = each.view(state, seen, own, structure)
+            else:
+                seen = each.view(state, seen, own, values, structure)
+        return structure.unflatten(seen)
 
     def _results(self, leaves: Leaves, plan: Plan, call: Call) -> list[Any]:
         """The result of each leaf; here a leaf on which nothing acts, and so no pass, gets what is wanted of all."""
@@ -283,10 +330,12 @@ class Chain(Body):
         arrays = shared(state, *(f for f in ("count", "values") if f in state._fields))
         for each, own in zip(self.passes, plan.passes, strict=True):
             if isinstance(each, RulePass):
-                arrays += shared(state, *each.memory)
+                arrays += shared(state, *each.memory, *each.seeds)
+                roles = each.roles(own, leaves)
                 for field in each.fields:
                     role = ROLES.get(names_of(field)[-1])
-                    arrays += per_leaf((GetAttrKey(field),), getattr(state, field), params, role, of_rule=True)
+                    found = per_leaf((GetAttrKey(field),), getattr(state, field), params, role, of_rule=True)
+                    arrays += [array._replace(role=roles.get((field, array.leaf), role)) for array in found]
             elif isinstance(own, TreePlan):
                 seen = masked(own.sees, params, leaves, structure)
                 places = [place for place, sees in enumerate(own.sees) if sees]
@@ -328,6 +377,10 @@ def chain_of(stages: tuple[Stage, ...]) -> Chain:
 @functools.lru_cache(maxsize=1024)
 def _known(stages: tuple[Stage, ...], labels: Any) -> Chain:
     return Chain(stages)
+
+
+def extra_of_stage(stage: Rule | TreeStage) -> tuple[str, ...]:
+    return tuple(name for part in stage.parts for name in part.extra) if isinstance(stage, Rule) else stage.body.extra
 
 
 def reports_of(stage: Rule | TreeStage) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from gradxform._core.call import Report
 from gradxform._core.encoded import EncodedParam, Form
 from gradxform._core.meshes import partitioned
 from gradxform._core.one_array import Scalars
-from gradxform._core.rule import Measure, Rule
+from gradxform._core.rule import Measure, Rule, Slot
 from gradxform.numerics import arithmetic as numerics
 from gradxform.numerics import rounding
 
@@ -69,7 +69,8 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
     """``leaf_update(ending, dtype, scalars, own, update, slots, param, accepted)``: rules on one leaf.
 
-    `own` are the numbers of the leaf that the first rule measured. Where `accepted` is False nothing changes.
+    `own` is what rules get for this leaf alone: what the first one measured, random keys. Where `accepted` is False
+    nothing changes.
     """
 
     @compiled
@@ -77,13 +78,17 @@ def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]
         ending: Ending, dtype: Any, scalars: Scalars, own: Any, update: Any, slots: Any, param: Any, accepted: Any
     ) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            scalars = scalars.with_own({name: value.astype(numerics.real_dtype(dtype)) for name, value in own.items()})
-            structure = _slot_structure(rules)
-            state = structure.unflatten([_widened(slot, dtype) for slot in slots])
+            structure = slot_structure(rules, update.shape, dtype)
+            wide = [widened(slot, dtype) for slot in slots]
             value = ending.value(param, dtype)
-            keep = _Keeper(scalars.seed, accepted)
+            keep = _Keeper(scalars.seed, accepted, zip(wide, slots, strict=True))
             new_update, new_state = one_array.run(
-                rules, scalars, numerics.widened_apart(update, dtype), state, value, keep
+                rules,
+                scalars.with_own(_in_real(dtype, own)) if own else scalars,
+                numerics.widened_apart(update, dtype),
+                structure.unflatten(wide),
+                value,
+                keep,
             )
             result = ending.result(numerics.cast(new_update, dtype), value, param, accepted)
             return result, tuple(
@@ -92,6 +97,13 @@ def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]
             )
 
     return leaf_update
+
+
+def _in_real(dtype: Any, own: one_array.Own) -> one_array.Own:
+    """The numbers of a leaf in the real dtype of its arithmetic; keys and counts as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(numerics.real_dtype(dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x, own
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -111,6 +123,31 @@ def on_batch(rules: tuple[Rule, ...]) -> Callable[..., tuple[list[Any], list[tup
         return [update for update, _ in parts], [new for _, new in parts]
 
     return batch_update
+
+
+@functools.lru_cache(maxsize=4096)
+def viewed(rules: tuple[Rule, ...]) -> Callable[..., Any]:
+    """``leaf_view(dtype, final, scalars, slots, param)``: the parameter to evaluate, by the rule that has a `view`."""
+    place = next(place for place, rule in enumerate(rules) if rule.view is not None)
+    rule = rules[place]
+    assert rule.view is not None
+    view = rule.view
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def leaf_view(dtype: Any, final: Any, scalars: Scalars, slots: Any, param: Any) -> Any:
+        def on_whole(scalars: Scalars, slots: Any, param: Any) -> Any:
+            state = slot_structure(rules, param.shape, dtype).unflatten([widened(slot, dtype) for slot in slots])
+            step = one_array.step_of(rule, scalars, scalars.prepared[place])
+            try:
+                return numerics.cast(view(state[place], numerics.cast(param, dtype), step), final)
+            except Exception as error:
+                error.add_note(f"in view of {rule.name}")
+                raise
+
+        with jax.numpy_dtype_promotion("standard"):
+            return partitioned(on_whole, param, scalars, slots, param)
+
+    return leaf_view
 
 
 def _moved(dtype: Any, param: Any, update: Any, accepted: Any) -> jax.Array:
@@ -133,9 +170,10 @@ def moved(dtype: Any, param: Any, update: Any, accepted: Any) -> Any:
 class _Keeper:
     """What the state keeps of the moments of one leaf."""
 
-    def __init__(self, seed: Any, accepted: Any) -> None:
+    def __init__(self, seed: Any, accepted: Any, slots: Iterable[tuple[Any, Any]]) -> None:
         self._seed, self._accepted = seed, accepted
         self._number = itertools.count()
+        self._dtypes = {id(wide): trees.dtype_of(slot) for wide, slot in slots if wide is not slot}
         self.narrow: dict[int, tuple[jax.Array, jax.Array]] = {}
         """The rounded moment by the id of the wide one that the arithmetic goes on with, which is held for its id."""
 
@@ -144,8 +182,8 @@ class _Keeper:
 
         Below float32 it is rounded stochastically, for rounding to nearest loses small changes.
         """
-        index, dtype = next(self._number), rule.state_dtype
-        if _narrow(dtype) and jnp.issubdtype(new.dtype, jnp.inexact):
+        index, dtype = next(self._number), self._dtypes.get(id(old))
+        if dtype is not None and _narrow(dtype) and jnp.issubdtype(new.dtype, jnp.inexact):
             # the same seed for every leaf (X7)
             narrow = rounding.rounded_at_random(new, dtype, rounding.seed_for(self._seed, index))
             if self._accepted is not None:
@@ -165,14 +203,17 @@ def _narrow(dtype: np.dtype[Any] | None) -> bool:
 def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
     """``step_scalars(dtype, count, dynamic)``: what is the same for all leaves whose arithmetic has this real dtype."""
 
-    narrow = any(_narrow(inner.state_dtype) for rule in rules for inner in rule.parts)
+    narrow = any(_narrow(inner.state_dtype) or inner.by_shape for rule in rules for inner in rule.parts)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step_scalars(dtype: Any, count: Any, dynamic: Mapping[str, Any]) -> Scalars:
+    def step_scalars(dtype: Any, count: Any, dynamic: Mapping[str, Any], extra: Mapping[str, Any]) -> Scalars:
         with jax.numpy_dtype_promotion("standard"):
             number = increment(count).astype(dtype)
             seed = rounding.mix(jnp.asarray(count).astype(np.uint32)) if narrow else None
-            scalars = Scalars(number, seed, {name: value.astype(dtype) for name, value in dynamic.items()})
+            known, given = (
+                {name: value.astype(dtype) for name, value in values.items()} for values in (dynamic, extra)
+            )
+            scalars = Scalars(number, seed, known, given)
             return dataclasses.replace(scalars, prepared=one_array.prepare(rules, scalars))
 
     return step_scalars
@@ -216,12 +257,30 @@ def gathered(rule: Rule) -> Callable[..., tuple[Scalars, dict[str, jax.Array], R
         with jax.numpy_dtype_promotion("standard"):
             remembered = {name: value.astype(dtype) for name, value in memory.items()}
             step = one_array.step_of(rule, scalars, scalars.prepared[0], remembered)
-            gathered = dict(rule.gather(numbers, step)) if rule.gather else {}
+            gathered = _gathered(rule, numbers, step) if rule.gather else {}
             report = {name: jnp.asarray(gathered[name], np.float32) for name in rule.reports}
-            new = {name: jnp.asarray(gathered.pop(name), old.dtype) for name, old in memory.items()}
-            return scalars.with_own({key: jnp.asarray(value, dtype) for key, value in gathered.items()}), new, report
+            new = {name: jnp.asarray(gathered[name], old.dtype) for name, old in memory.items()}
+            own = {key: jnp.asarray(value, dtype) for key, value in gathered.items()}
+            return scalars.with_own({0: own}), new, report
 
     return all_leaves
+
+
+def _gathered(rule: Rule, numbers: Any, step: Any) -> dict[str, Any]:
+    """What `gather` of a rule returned, if it has all that the rule remembers and reports."""
+    assert rule.gather is not None
+    try:
+        gathered = dict(rule.gather(numbers, step))
+        for name in (*dict(rule.memory), *rule.reports):
+            if name not in gathered:
+                raise KeyError(f"gather must return {name!r}, which the rule remembers or reports")
+        for name, first in rule.memory:
+            if np.shape(gathered[name]) != np.shape(first):
+                raise ValueError(f"{name!r} has the shape {np.shape(first)} in memory, now {np.shape(gathered[name])}")
+    except Exception as error:
+        error.add_note(f"in gather of {rule.name}")
+        raise
+    return gathered
 
 
 @jax.jit
@@ -247,13 +306,50 @@ def rescaled(numbers: Mapping[str, jax.Array], factor: jax.Array) -> dict[str, j
 cast = jax.jit(numerics.cast, static_argnums=1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def in_dtype(dtype: Any, numbers: Any) -> Any:
+    """Every number of a tree in this dtype."""
+    return jax.tree.map(lambda number: number.astype(dtype), numbers)
+
+
 # What is known of a rule's state before any array is there.
 
 
+def slot_structure(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: Any) -> Any:
+    """The tree of the arrays that `rules` keep for a leaf."""
+    if any(rule.by_shape for rule in rules):
+        return _slot_structure(rules, shape, trees.compute_dtype(dtype))
+    return _any_structure(rules)
+
+
+@functools.lru_cache(maxsize=65536)
+def _slot_structure(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    param = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.tree.structure(jax.eval_shape(functools.partial(one_array.init, rules), param))
+
+
 @functools.lru_cache(maxsize=4096)
-def _slot_structure(rules: tuple[Rule, ...]) -> Any:
-    example = jax.ShapeDtypeStruct((), np.float32)
-    return jax.tree.structure(jax.eval_shape(lambda: one_array.init(rules, jnp.zeros_like(example))))
+def _any_structure(rules: tuple[Rule, ...]) -> Any:
+    """The tree of all arrays that `rules` keep for some leaf."""
+    return jax.tree.structure(one_array.names(rules))
+
+
+@functools.lru_cache(maxsize=4096)
+def slot_facts(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Slot, ...]:
+    """What is known of the arrays that `rules` keep for a leaf, each a `Slot` with its shape in place of the array."""
+    facts: list[Slot] = []
+
+    def asked(param: Any) -> list[Any]:
+        facts.extend(slots_in(one_array.slots(rules, param)))
+        return [slot.array for slot in facts]
+
+    shapes = jax.eval_shape(asked, jax.ShapeDtypeStruct(shape, trees.compute_dtype(dtype)))
+    return tuple(dataclasses.replace(slot, array=aval) for slot, aval in zip(facts, shapes, strict=True))
+
+
+def slots_in(tree: Any) -> list[Slot]:
+    """The slots in a tree of them."""
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Slot))
 
 
 def slot_avals(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[trees.Aval]:
@@ -266,8 +362,11 @@ def _slot_avals(
     rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[Any], visible: Any
 ) -> list[trees.Aval]:
     param = jax.ShapeDtypeStruct(shape, trees.compute_dtype(dtype))
-    slots = jax.eval_shape(functools.partial(one_array.init, rules), param)
-    return [trees.aval(slot) for slot in jax.tree.leaves(slots)]
+    slots, structure = jax.tree.flatten(jax.eval_shape(functools.partial(one_array.init, rules), param))
+    if structure != slot_structure(rules, shape, param.dtype):
+        usual = ", ".join(slot_names(rules))
+        raise ValueError(f"init gives other names than {usual} for a leaf of shape {shape}; name all: lift(slots=(…))")
+    return [trees.aval(slot) for slot in slots]
 
 
 def slot_names(rules: tuple[Rule, ...]) -> list[str]:
@@ -275,21 +374,25 @@ def slot_names(rules: tuple[Rule, ...]) -> list[str]:
     return [path[-1].key for path in _slot_paths(rules)]
 
 
+def _slot_paths(rules: tuple[Rule, ...]) -> tuple[Any, ...]:
+    return _paths(_any_structure(rules))
+
+
 @functools.lru_cache(maxsize=4096)
-def _slot_paths(rules: tuple[Rule, ...]) -> list[Any]:
-    structure = _slot_structure(rules)
+def _paths(structure: Any) -> tuple[Any, ...]:
     paths, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
-    return [path for path, _ in paths]
+    return tuple([path for path, _ in paths])
 
 
-@functools.lru_cache(maxsize=4096)
-def owned_slots(rules: tuple[Rule, ...], variant: tuple[Rule, ...]) -> dict[int, int]:
-    """Where the arrays of `variant`, a leaf's part of `rules`, stand: their places among all, and among its own."""
-    own = _slot_paths(variant)
-    return {place: own.index(path) for place, path in enumerate(_slot_paths(rules)) if path in own}
+def owned_slots(
+    rules: tuple[Rule, ...], variant: tuple[Rule, ...], shape: tuple[int, ...], dtype: Any
+) -> tuple[int, ...]:
+    """The places of the arrays of `variant`, a leaf's part of `rules`, among all that `rules` keep for some leaf."""
+    own = _paths(slot_structure(variant, shape, dtype))
+    return tuple([place for place, path in enumerate(_slot_paths(rules)) if path in own])
 
 
-def _widened(slot: Any, dtype: np.dtype[Any]) -> jax.Array:
+def widened(slot: Any, dtype: np.dtype[Any]) -> jax.Array:
     """A moment in the leaf's arithmetic precision; real moments of complex leaves stay real, counters integers."""
     own = trees.dtype_of(slot)
     if not trees.trainable(own):

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gradxform._core import trees
 from gradxform._core.meshes import partitioned
 from gradxform._core.rule import Array, Rule
 from gradxform.numerics import arithmetic as numerics
@@ -39,6 +40,10 @@ class Encoded(abc.ABC):
 
 class EncodedMoment(Encoded):
     """A moment of one leaf that is kept as codes."""
+
+    @abc.abstractmethod
+    def decoded(self, aval: trees.Aval) -> Array:
+        """The moment, of this shape and dtype."""
 
     @staticmethod
     @abc.abstractmethod
@@ -115,6 +120,11 @@ def _write(form: Form, arrays: Any, update: Any, accepted: Any) -> Any:
 
     with jax.numpy_dtype_promotion("standard"):
         return partitioned(written, arrays, arrays, update, accepted)
+
+
+def arrays_of(param: Any) -> Any:
+    """A parameter as compiled calls take it."""
+    return param.arrays() if isinstance(param, EncodedParam) else param
 
 
 def decoded(leaf: Any) -> Any:

@@ -183,13 +183,6 @@ class Hyperparameter:
 Numeric: TypeAlias = float | jax.Array | np.ndarray | np.number | Schedule | Live | Hyperparameter
 
 
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """A number or a tuple that is an option of a rule and no hyperparameter: a number of steps, axes, polynomials."""
-
-    value: int | tuple[Any, ...]
-
-
 def ranged(value: Numeric, within: Range, name: str | None = None) -> Hyperparameter:
     """`value` with its range; `name` is what users call it, if that differs from the argument's name in `lift`."""
     return value if isinstance(value, Hyperparameter) else Hyperparameter(value, within, name)
@@ -235,6 +228,17 @@ def positive(value: Numeric, name: str | None = None) -> Hyperparameter:
     Example: see `fraction`.
     """
     return ranged(value, positive_range(), name)
+
+
+def finite(value: Numeric, name: str | None = None) -> Hyperparameter:
+    """A hyperparameter that is any finite number, such as a factor, for the arguments of `lift`.
+
+    Args:
+      value, name: See `fraction`.
+
+    Example: see `fraction`.
+    """
+    return ranged(value, FINITE, name)
 
 
 def bound(value: Numeric, name: str | None = None) -> Hyperparameter:

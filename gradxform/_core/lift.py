@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import optax
 
 from gradxform._core.arguments import axes, state_float_dtype
 from gradxform._core.body import Transformation, body_of
 from gradxform._core.chain import Chain, chain_of
-from gradxform._core.hyperparameters import Hyperparameter, Option
+from gradxform._core.hyperparameters import Hyperparameter
+from gradxform._core.keys import seed_of
 from gradxform._core.masks import MaskLike, mask_of
 from gradxform._core.rule import Array, Branch, Measure, Rule, RuleState, Step, stateless
 from gradxform._core.stages import Stage, TreeStage
@@ -57,8 +59,14 @@ def lift(
     constructor: Callable[..., Any] | None = None,
     prepare: Callable[[Step], Mapping[str, Any]] | None = None,
     measure: Callable[[Array], Mapping[str, Array]] | Measure | None = None,
-    gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None,
-    memory: Mapping[str, float] | None = None,
+    totals: Callable[[Array, RuleState, Array | None, Step], Mapping[str, Any]] | None = None,
+    gather: Callable[[Mapping[str, Any], Step], Mapping[str, Any]] | None = None,
+    memory: Mapping[str, Any] | None = None,
+    extra: Sequence[str] = (),
+    key: Any = None,
+    slots: Sequence[str] | None = None,
+    view: Callable[[RuleState, Array, Step], Array] | None = None,
+    last: bool = False,
     reports: Sequence[str] = (),
     axis_name: str | Sequence[str] | None = None,
     mask: MaskLike | None = None,
@@ -79,17 +87,31 @@ def lift(
 
     Args:
       init: ``init(param)`` gives the state for one array, a dict of arrays by name; None if there is
-        none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment. It is also
-        called with shapes alone, of any number of axes or none, to learn the names and shapes of what it gives.
+        none. The names become fields of the state; ``mu`` and ``nu`` are the first and second moment. A `Slot` in place
+        of an array tells how it is divided, what it holds and its dtype. `init` is also called with shapes alone, to
+        learn the names and shapes of what it gives, and with that of a 0-d array unless there are ``slots``.
       update: ``update(update, state, param, step)`` gives the new update, of the same shape, and the new
         state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
         update; ``step.<name>`` is the current value of an argument. ``step.keep``, see `Step`, saves memory.
       prepare: ``prepare(step)`` gives scalars that are computed once per step, as further ``step.<name>``.
       measure: ``measure(update)`` gives scalars of one array, before `update` runs on any, as ``step.<name>``; or a
         `Measure`, which can also tell how those of a sharded array's parts make those of the whole.
-      gather: ``gather(measured, step)`` turns them, stacked over all leaves, into scalars for every leaf.
-      memory: Scalars that the rule remembers of all leaves, by name, with their first values: `gather` reads
-        ``step.<name>`` and returns the next value under the same name. They are fields of the state.
+      totals: ``totals(update, state, param, step)`` gives numbers or small arrays that are added up over all leaves
+        and over shards, before `update` runs on any; a `Norm` among them becomes the norm of all leaves.
+      gather: ``gather(measured, step)`` turns what was measured, stacked over all leaves, or the totals into scalars
+        for every leaf, as further ``step.<name>``. Without `measure` and `totals` it gets {}, once per step.
+      memory: What the rule remembers of all leaves, by name, each with its first value: a number, an array, or a
+        function of the list of the parameters it acts on. `totals` and `gather` read the old value as ``step.<name>``;
+        `gather` returns the next one under the same name, which `update` reads. They are fields of the state.
+      extra: Names of extra arguments of ``update`` that the rule reads as ``step.<name>``, real scalars: with
+        ``extra=("value",)`` users call ``update(…, value=loss)``. `accumulate` gives the mean over its mini-batches.
+      key: The seed of random numbers, a whole number or a key; then ``step.key`` is a key for this array and this
+        step, the same on any mesh, inside `jax.shard_map` another for each shard. The state has ``seed``, of uint32.
+      slots: All names that `init` may give, if which of them depends on the shape: where it leaves one out, or gives
+        None, that leaf has no such state.
+      view: ``view(state, param, step)`` gives the parameter to evaluate, for `eval_params`; ``step.number`` is the
+        number of steps taken, and of all else ``step`` has arguments and memory.
+      last: Whether nothing may follow in a chain, because the rule relies on where its updates lead.
       reports: Which of the scalars that `gather` returns `observe` shows.
       axis_name: Axes of a mesh; see `clip_by_global_norm`. It takes a `Measure` with ``across``.
       mask: Which leaves the rule acts on; see `add_decoupled_weight_decay`.
@@ -108,9 +130,10 @@ def lift(
       constructor: The function that calls `lift`, for `repr` and messages: its name is the rule's, and arguments
         at their defaults are left out. Default: the function in which `update` is defined.
       state_dtype: A floating-point dtype that the state is kept in; default that of the arithmetic.
-      **arguments: What the rule reads from ``step``. Numbers, 0-d arrays, schedules and `live` values are
-        hyperparameters; strings, booleans and None are fixed options; a transformation is a branch, which
-        the rule calls as ``direction, new = step.of(update, state["of"], param)`` if it is named ``of``.
+      **arguments: What the rule reads from ``step``. Floats, 0-d arrays, `live` values and what has a range, such as
+        ``positive(x)``, are hyperparameters; with a range they may be schedules or whole numbers too. Other
+        whole numbers, strings, booleans, tuples, functions and None are fixed options; a transformation is a branch,
+        which the rule calls as ``direction, new = step.of(update, state["of"], param)`` if it is named ``of``.
 
     Raises:
       TypeError, ValueError: if an argument is no number or branch, or out of its range.
@@ -128,8 +151,12 @@ def lift(
       >>> print(tx.update(jnp.array([3.0, -1.0, 0.2]), tx.init(jnp.zeros(3)))[0])
       [ 1. -1.  0.]
     """
-    if measure is None and (gather is not None or axis_name is not None):
-        raise TypeError("gather and axis_name go with measure: give it, or neither")
+    if axis_name is not None and measure is None and totals is None and key is None:
+        raise TypeError("axis_name goes with measure, totals or key: give one of them, or neither")
+    if measure is not None and totals is not None:
+        raise TypeError("measure and totals are two ways to look at all leaves: give one of them")
+    if totals is not None and gather is None:
+        raise TypeError("totals go with gather, which makes scalars of them: give it, or neither")
     if measure is not None and not isinstance(measure, Measure):
         measure = Measure(measure)
     if axis_name and measure is not None and measure.across is None:
@@ -138,7 +165,12 @@ def lift(
         raise TypeError("memory, reports and rescales go with gather: give it, or neither")
     if at_most is not None and at_most not in arguments:
         raise TypeError(f"at_most must name an argument of the rule, got {at_most!r}; there are {sorted(arguments)}")
-    name = constructor.__name__ if constructor else update.__qualname__.partition(".")[0]
+    name = (
+        constructor.__name__
+        if constructor
+        else getattr(update, "__qualname__", type(update).__name__).partition(".")[0]
+    )
+    _check_names(name, (*arguments, *(memory or {}), *extra))
     rule = Rule(
         name=name,
         constructor=constructor,
@@ -146,8 +178,14 @@ def lift(
         update=update,
         prepare=prepare,
         measure=measure,
+        totals=totals,
         gather=gather,
-        memory=tuple((memory or {}).items()),
+        memory=tuple((memory_name, _first_value(value)) for memory_name, value in (memory or {}).items()),
+        extra=tuple(extra),
+        seed=seed_of("key", key),
+        slots=None if slots is None else tuple(sorted(slots)),
+        view=view,
+        last=last,
         reports=tuple(reports),
         axis_name=axes("axis_name", axis_name),
         mask=mask_of(mask),
@@ -163,19 +201,38 @@ def lift(
     return Transformation.of(chain_of((rule,)))
 
 
+_STEP_NAMES = ("number", "at_most", "keep", "key")
+
+
+def _check_names(rule: str, names: Sequence[str]) -> None:
+    """Raise if two things that a rule reads from its step have one name."""
+    for name in names:
+        if name in _STEP_NAMES:
+            raise ValueError(f"{rule}: every step has {name!r} itself; give the argument, memory or extra another name")
+        if names.count(name) > 1:
+            raise ValueError(f"{rule}: {name!r} is given twice among arguments, memory and extra")
+
+
+def _first_value(value: Any) -> Any:
+    """The first value of what a rule remembers: a number, nested tuples of them, or a function."""
+    return value if callable(value) else _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if np.ndim(value) else float(value)
+
+
 def _argument(rule: str, key: str, value: Any) -> Any:
     if isinstance(value, optax.GradientTransformation):
         stages = stages_of(key, value)
         for stage in stages:
-            if not isinstance(stage, Rule) or stage.measure or stage.freezes:
+            if not isinstance(stage, Rule) or stage.joint or stage.freezes or stage.seed or stage.view:
                 raise TypeError(
                     f"{key} of {rule} must be made of transformations that act on one array at a time; "
                     f"put {stage!r} beside {rule} in the chain"
                 )
         return Branch(tuple(stage for stage in stages if isinstance(stage, Rule)))
-    if isinstance(value, Option):
-        return value.value
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool | str | int | tuple) or callable(value):
         return value
     parameter = value if isinstance(value, Hyperparameter) else Hyperparameter(value)
     return parameter.named(key)

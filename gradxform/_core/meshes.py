@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from gradxform._core.compat import AxisType, auto_axes, reshard, varying_axes
 from gradxform._core.trees import concrete, name_leaf
+
+_LOG = logging.getLogger("gradxform")
 
 # Traced arrays, whose types may show how they are divided
 
@@ -45,16 +48,58 @@ def divided_like(other: Any, x: Any) -> Any:
     return reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
 
 
-def beside(leaf: Any, slot: Any) -> Any:
-    """A new array, divided over devices as a traced leaf of its shape is; without this it would lie on one device.
+def beside(leaf: Any, slot: Any, axes: tuple[int | None, ...] | None, name: str) -> Any:
+    """A new array, divided over devices as a leaf is; without this it would lie on one device.
 
-    The leaf takes part in a selection that never selects it, which costs nothing. A selection by a scalar would be gone
-    before the compiler divides the work.
+    Traced, the leaf takes part in a selection that never selects it, which costs nothing. A selection by a scalar would
+    be gone before the compiler divides the work.
+
+    Args:
+      leaf: The leaf.
+      slot: The new array.
+      axes: For each of its axes that of the leaf that it goes along, or None; None if it goes along all if it can.
+      name: What the leaf is called where the array can't be divided.
     """
-    if concrete(leaf) or jnp.shape(slot) != leaf.shape or not jnp.issubdtype(slot.dtype, jnp.inexact):
+    if concrete(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        if axes is None or not isinstance(sharding, NamedSharding):
+            return slot
+        return jax.device_put(slot, NamedSharding(sharding.mesh, spec_along(leaf, axes, slot.shape, name)))
+    unlike = jnp.shape(slot) != leaf.shape if axes is None else divided_by_type(leaf)  # where init runs divided
+    if unlike or not jnp.issubdtype(slot.dtype, jnp.inexact):
         return slot
-    own = leaf if jnp.iscomplexobj(slot) else leaf.real
-    return jnp.where(False, own.astype(slot.dtype), slot)
+    own = leaf if axes is None else _along(leaf, axes)
+    return jnp.where(False, (own if jnp.iscomplexobj(slot) else own.real).astype(slot.dtype), slot)
+
+
+def _along(leaf: Any, axes: tuple[int | None, ...]) -> Any:
+    """An array whose axes are these of a leaf, of length 1 for None."""
+    first = leaf[tuple(slice(None) if axis in axes else 0 for axis in range(leaf.ndim))]
+    left = sorted({axis for axis in axes if axis is not None})
+    order = [left.index(axis) for axis in dict.fromkeys(axes) if axis is not None]
+    once = {axis: axes.index(axis) for axis in left}  # an axis that two go along divides the first of them
+    gone = [place for place, axis in enumerate(axes) if axis is None or once[axis] != place]
+    return jnp.expand_dims(jnp.transpose(first, order), gone)
+
+
+def divided_by_type(x: Any) -> bool:
+    """Whether the type of an array says that it is divided over a mesh."""
+    sharding = jax.typeof(x).sharding
+    return AxisType.Explicit in sharding.mesh.axis_types and _is_divided(sharding)
+
+
+def spec_along(leaf: Any, axes: tuple[int | None, ...] | None, shape: tuple[int, ...], name: str) -> PartitionSpec:
+    """How a new array is divided whose axes go along `axes` of a leaf; see `beside`."""
+    sharding = leaf.sharding if concrete(leaf) else jax.typeof(leaf).sharding
+    own = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    if axes is None:
+        return PartitionSpec(*own) if shape == leaf.shape else PartitionSpec()
+    used = [None if axis is None or axis in axes[:place] else own[axis] for place, axis in enumerate(axes)]
+    spec = PartitionSpec(*used)
+    if _divides(NamedSharding(sharding.mesh, spec), shape):
+        return spec
+    _LOG.info("an array of shape %s of the state of %s is replicated: it can't be divided by %s", shape, name, spec)
+    return PartitionSpec()
 
 
 def _is_divided(sharding: NamedSharding) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,27 @@ from gradxform._core import meshes, one_array, trees
 from gradxform._core.arguments import visible_dtype
 from gradxform._core.body import Foreign
 from gradxform._core.call import Call, Report
-from gradxform._core.compiled import Ending, gathered, on_batch, on_leaf, prepared
-from gradxform._core.encoded import EncodedMoment, EncodedParam, decoded
+from gradxform._core.compiled import (
+    Ending,
+    gathered,
+    in_dtype,
+    on_batch,
+    on_leaf,
+    prepared,
+    slot_facts,
+    slots_in,
+    viewed,
+)
+from gradxform._core.encoded import EncodedMoment, EncodedParam, arrays_of, decoded
+from gradxform._core.inventory import Role
+from gradxform._core.keys import Seed, leaf_keys, of_shards
 from gradxform._core.leaves import HOLE, Leaf, Leaves, column, masked, widened
 from gradxform._core.measures import measure_leaves, remember_rescaled, type_of
-from gradxform._core.one_array import Scalars
-from gradxform._core.plan import LeafPlan, TreePlan
+from gradxform._core.one_array import Own, Scalars
+from gradxform._core.plan import LeafPlan, TreePlan, opened
 from gradxform._core.rule import NOTHING, Rule
 from gradxform._core.stages import TreeStage
+from gradxform._core.totals import plain, total_of_leaves
 from gradxform.numerics import arithmetic as numerics
 
 
@@ -33,14 +47,31 @@ class RulePass:
     rules: tuple[Rule, ...]
     fields: tuple[str, ...]
     memory: tuple[str, ...]
+    seeds: tuple[str, ...]
+    stage: int
+    """The place of its first rule with a seed among all in the chain."""
 
-    def initial(self, plans: Sequence[LeafPlan], params: Any, leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
-        """The pass's part of the state."""
+    @functools.cached_property
+    def drawing(self) -> list[int]:
+        """The places of the rules that draw random numbers."""
+        return [place for place, rule in enumerate(self.rules) if rule.seed is not None]
+
+    def initial(
+        self, plans: Sequence[LeafPlan], leaves: Sequence[Any], structure: Any, given: Sequence[Seed]
+    ) -> dict[str, Any]:
+        """The pass's part of the state; `given` are the seeds of the rules that draw."""
         slots = [
-            _initial_slots(plan.rules, leaf) if plan.places else [] for plan, leaf in zip(plans, leaves, strict=True)
+            _initial_slots(plan.rules, leaf, trees.name_leaf("params", structure, index)) if plan.places else []
+            for index, (plan, leaf) in enumerate(zip(plans, leaves, strict=True))
         ]
-        initial = (jnp.asarray(value, visible_dtype()) for _, value in self.rules[0].memory)
-        return self._fields(plans, slots, structure) | dict(zip(self.memory, initial, strict=True))
+        acted_on = [leaf for plan, leaf in zip(plans, leaves, strict=True) if plan.rules[0] is not NOTHING]
+        initial = (
+            jnp.asarray(value([widened(leaf) for leaf in acted_on]) if callable(value) else value, visible_dtype())
+            for _, value in self.rules[0].memory
+        )
+        seeds = (seed.array(self.stage + place) for place, seed in enumerate(given))
+        shared = zip((*self.memory, *self.seeds), (*initial, *seeds), strict=True)
+        return self._fields(plans, slots, structure) | dict(shared)
 
     def run(
         self,
@@ -48,27 +79,35 @@ class RulePass:
         leaves: Leaves,
         plans: Sequence[LeafPlan],
         values: Mapping[str, Any],
+        extra: Mapping[str, Any],
         call: Call,
         rounds: bool,
     ) -> tuple[Leaves, dict[str, Any], Report]:
         """Every rule on every leaf. `rounds`: whether the next pass gets updates in the parameters' dtypes."""
-        slots = self._slots(plans, state, leaves)
+        slots = self._slots(plans, state, leaves.structure, leaves.has_params)
         self._check_leaves(plans, leaves)
-        scalars, own, memory, report = self._scalars(plans, state, values, leaves, call)
+        scalars, own, shared, report = self._scalars(plans, state, values, extra, leaves, slots, call)
+        if self.seeds:
+            own = self._with_keys(own, plans, state, leaves)
+            shared |= {field: getattr(state, field) for field in self.seeds}
         results: list[Any] = [leaf.update for leaf in leaves.leaves]
         for places in self._together(plans, leaves, slots):
             place = places[0]
             leaf, plan = leaves.leaves[place], plans[place]
             fixed = _ending(plan, leaf, call, rounds), leaf.arithmetic, scalars[leaf.arithmetic]
-            if len(places) > 1:
-                batch = [leaves.leaves[i] for i in places]
-                columns = [own[i] for i in places], [x.update for x in batch], [slots[i] for i in places]
-                params = [_arrays(x.param) for x in batch]
-                ran = zip(*on_batch(plan.rules)(*fixed, *columns, params, call.accepted), strict=True)
-            else:
-                run = next((slot.on_leaf for slot in slots[place] if isinstance(slot, EncodedMoment)), on_leaf)
-                arrays = _arrays(leaf.param)
-                ran = [run(plan.rules)(*fixed, own[place], leaf.update, slots[place], arrays, call.accepted)]
+            try:
+                if len(places) > 1:
+                    batch = [leaves.leaves[i] for i in places]
+                    columns = [own[i] for i in places], [x.update for x in batch], [slots[i] for i in places]
+                    params = [arrays_of(x.param) for x in batch]
+                    ran = zip(*on_batch(plan.rules)(*fixed, *columns, params, call.accepted), strict=True)
+                else:
+                    run = next((slot.on_leaf for slot in slots[place] if isinstance(slot, EncodedMoment)), on_leaf)
+                    arrays = arrays_of(leaf.param)
+                    ran = [run(plan.rules)(*fixed, own[place], leaf.update, slots[place], arrays, call.accepted)]
+            except Exception as error:
+                error.add_note(f"for {trees.name_leaf('updates', leaves.structure, place)}")
+                raise
             for i, (result, new) in zip(places, ran, strict=True):
                 param = leaves.leaves[i].param
                 stored = fixed[0].gives == "param" and isinstance(param, EncodedParam)
@@ -80,7 +119,37 @@ class RulePass:
             factors = {d: each[first.rescales] for d, each in gathered_as.items() if first.rescales in each}
             acts = [plan.acts and not plan.ends for plan in plans]
             remember_rescaled(leaves, after, acts, factors, call)
-        return after, self._fields(plans, slots, leaves.structure) | memory, report
+        return after, self._fields(plans, slots, leaves.structure) | shared, report
+
+    def roles(self, plans: Sequence[LeafPlan], leaves: Sequence[Any]) -> dict[tuple[str, int | None], Role]:
+        """What arrays hold, where their rules say it: by field and leaf."""
+        return {
+            (self.fields[place], index): fact.role
+            for index, (plan, leaf) in enumerate(zip(plans, leaves, strict=True))
+            if plan.places
+            for place, fact in zip(plan.places, slot_facts(plan.rules, *trees.aval(leaf)), strict=True)
+            if fact.role is not None
+        }
+
+    def view(
+        self, state: Any, params: list[Any], plans: Sequence[LeafPlan], values: Mapping[str, Any], structure: Any
+    ) -> list[Any]:
+        """The parameters to evaluate, where a rule of the pass tells them from those that are trained."""
+        if all(rule.view is None for rule in self.rules):
+            return params
+        slots = self._slots(plans, state, structure, True)
+        memory = {
+            name: getattr(state, field) for (name, _), field in zip(self.rules[0].memory, self.memory, strict=True)
+        }
+        seen = list(params)
+        for i, (plan, param) in enumerate(zip(plans, params, strict=True)):
+            if any(rule.view is not None for rule in plan.rules):
+                dtype, final = trees.compute_dtype(trees.dtype_of(param)), trees.dtype_of(param)
+                own = tuple([memory if place == 0 else {} for place in range(len(plan.rules))])
+                scalars = Scalars(state.count, None, dict(_changing(values)), {}, own)
+                scalars = in_dtype(numerics.real_dtype(dtype), scalars)
+                seen[i] = viewed(plan.rules)(dtype, final, scalars, opened(plan, slots[i]), param)
+        return seen
 
     def _fields(self, plans: Sequence[LeafPlan], slots: Sequence[Any], structure: Any) -> dict[str, Any]:
         """From each leaf's arrays to one tree per field."""
@@ -90,21 +159,23 @@ class RulePass:
                 columns[place][index] = slot
         return {field: structure.unflatten(each) for field, each in zip(self.fields, columns, strict=True)}
 
-    def _slots(self, plans: Sequence[LeafPlan], state: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
+    def _slots(
+        self, plans: Sequence[LeafPlan], state: Any, structure: Any, check_dtypes: bool
+    ) -> list[tuple[Any, ...]]:
         """The state of each leaf, after checking that it is this transformation's for these parameters."""
         if not self.fields:
             return [()] * len(plans)
-        columns = [column(f"state.{field}", getattr(state, field), leaves.structure) for field in self.fields]
+        columns = [column(f"state.{field}", getattr(state, field), structure) for field in self.fields]
         rows = list(zip(*columns, strict=True))
         for index, (plan, row) in enumerate(zip(plans, rows, strict=True)):
             for place, slot in enumerate(row):
                 if place not in plan.places and not isinstance(slot, optax.MaskedNode):
-                    name = trees.name_leaf(f"state.{self.fields[place]}", leaves.structure, index)
+                    name = trees.name_leaf(f"state.{self.fields[place]}", structure, index)
                     raise ValueError(f"{name} is {trees.describe(slot)}, but this leaf has no such state; {trees.ANEW}")
             for place, aval in zip(plan.places, plan.avals, strict=True):
                 if not isinstance(row[place], EncodedMoment):  # `quantize_state` has checked it
                     field = f"state.{self.fields[place]}"
-                    trees.check_slot(field, row[place], aval, leaves.structure, index, check_dtype=leaves.has_params)
+                    trees.check_slot(field, row[place], aval, structure, index, check_dtype=check_dtypes)
         return [tuple([row[place] for place in plan.places]) for plan, row in zip(plans, rows, strict=True)]
 
     def _check_leaves(self, plans: Sequence[LeafPlan], leaves: Leaves) -> None:
@@ -133,38 +204,49 @@ class RulePass:
             gains = None in own and jax.default_backend() != "cpu" and np.size(leaf.update) <= _LARGEST_BATCHED
             key: Any = i
             if (True in own or gains) and not any(isinstance(slot, EncodedMoment) for slot in slots[i]):
-                arrays = (leaf.update, *jax.tree.leaves(_arrays(leaf.param)), *slots[i])
+                arrays = (leaf.update, *jax.tree.leaves(arrays_of(leaf.param)), *slots[i])
                 form = leaf.param.form if isinstance(leaf.param, EncodedParam) else None
                 key = id(plan), leaf.arithmetic, leaf.final, form, tuple(map(type_of, arrays))
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
     def _scalars(
-        self, plans: Sequence[LeafPlan], state: Any, values: Mapping[str, Any], leaves: Leaves, call: Call
-    ) -> tuple[dict[Any, Scalars], list[Mapping[str, Any]], dict[str, Any], Report]:
+        self,
+        plans: Sequence[LeafPlan],
+        state: Any,
+        values: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        leaves: Leaves,
+        slots: Sequence[tuple[Any, ...]],
+        call: Call,
+    ) -> tuple[dict[Any, Scalars], list[Own], dict[str, Any], Report]:
         """This step's numbers for each dtype of arithmetic and of each leaf, what is remembered, and the report."""
         first = self.rules[0]
-        own: list[Mapping[str, Any]] = [{}] * len(plans)
-        dynamic = {name: value for name, value in values.items() if not isinstance(value, float)}
+        own: list[Own] = [{}] * len(plans)
+        dynamic = _changing(values)
         dtypes = {leaf.arithmetic for leaf in leaves.leaves if leaf.update is not None} or {np.dtype(np.float32)}
         scalars = {
-            dtype: prepared(self.rules)(numerics.real_dtype(dtype), state.count, dynamic)
+            dtype: prepared(self.rules)(numerics.real_dtype(dtype), state.count, dynamic, extra)
             for dtype in sorted(dtypes, key=lambda dtype: -dtype.itemsize)
         }
-        if first.measure is None:
+        if not first.joint:
             return scalars, own, {}, {}
         memory = {name: getattr(state, field) for (name, _), field in zip(first.memory, self.memory, strict=True)}
         acts = [plan.rules[0] is not NOTHING for plan in plans]
-        numbers, stacked = measure_leaves(leaves, first.measure, acts, call, first.name, first.axis_name)
-        if first.measure.joint is None:
-            remaining = iter(numbers)
-            counted = (act and leaf.update is not None for act, leaf in zip(acts, leaves.leaves, strict=True))
-            own = [next(remaining) if counts else {} for counts in counted]
-        if not stacked:
+        counted = [act and leaf.update is not None for act, leaf in zip(acts, leaves.leaves, strict=True)]
+        if not any(counted) and (first.measure is not None or first.totals is not None):
             nothing = {name: jnp.zeros((), np.float32) for name in first.reports}
             return scalars, own, dict(zip(self.memory, memory.values(), strict=True)), nothing
+        of_all: Mapping[str, Any] = {}
+        if first.totals is not None:
+            of_all = plain(total_of_leaves(plans, leaves, slots, scalars, memory))
+        elif first.measure is not None:
+            numbers, of_all = measure_leaves(leaves, first.measure, acts, call, first.name, first.axis_name)
+            if first.measure.joint is None:
+                remaining = iter(numbers)
+                own = [{0: next(remaining)} if counts else {} for counts in counted]
         results = {
-            dtype: gathered(first)(numerics.real_dtype(dtype), each, stacked, memory) for dtype, each in scalars.items()
+            dtype: gathered(first)(numerics.real_dtype(dtype), each, of_all, memory) for dtype, each in scalars.items()
         }
         _, new, report = next(iter(results.values()))
         kept = [
@@ -172,18 +254,43 @@ class RulePass:
         ]
         return {d: each for d, (each, _, _) in results.items()}, own, dict(zip(self.memory, kept, strict=True)), report
 
+    def _with_keys(self, own: Sequence[Own], plans: Sequence[LeafPlan], state: Any, leaves: Leaves) -> list[Own]:
+        """The leaves' numbers, and for each rule that draws a random key of the leaf."""
+        with_keys: list[Own] = list(own)
+        for field, place in zip(self.seeds, self.drawing, strict=True):
+            keys = leaf_keys(getattr(state, field), state.count, len(plans))
+            for i, (plan, leaf, key) in enumerate(zip(plans, leaves.leaves, keys, strict=True)):
+                if plan.rules[place] is not NOTHING and leaf.update is not None:
+                    drawn = of_shards(key, leaf.update, self.rules[place].axis_name)
+                    with_keys[i] = {**with_keys[i], place: {**with_keys[i].get(place, {}), "key": drawn}}
+        return with_keys
+
+
+def _changing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are no Python numbers."""
+    return {name: value for name, value in values.items() if not isinstance(value, float)}
+
 
 _LARGEST_BATCHED = 1 << 20
 """Elements of a leaf beyond which one matrix keeps a device busy."""
 
 
-def _initial_slots(rules: tuple[Rule, ...], leaf: Any) -> list[Any]:
+def _initial_slots(rules: tuple[Rule, ...], leaf: Any, name: str) -> list[Any]:
     """The state of one leaf: no array twice, nor the parameter, for a step that donates must get no buffer twice."""
-    slots, known = jax.tree.leaves(one_array.init(rules, widened(leaf))), {id(leaf)}
-    for place, slot in enumerate(slots):
-        slots[place] = jnp.array(slot) if id(slot) in known else meshes.beside(leaf, slot)
-        known.add(id(slot))
-    return slots
+    wide = widened(leaf)
+    if any(rule.by_shape for rule in rules) and meshes.divided_by_type(wide):
+        facts = slot_facts(rules, leaf.shape, trees.dtype_of(leaf))
+        specs = [meshes.spec_along(leaf, fact.axes, fact.array.shape, name) for fact in facts]
+        arrays = meshes.partitioned(lambda x: [s.array for s in slots_in(one_array.slots(rules, x))], specs, wide)
+        slots = [dataclasses.replace(fact, array=array) for fact, array in zip(facts, arrays, strict=True)]
+    else:
+        slots = slots_in(one_array.slots(rules, wide))
+    made, known = list[Any](), {id(leaf)}
+    for slot in slots:
+        array = slot.array
+        made.append(jnp.array(array) if id(array) in known else meshes.beside(leaf, array, slot.axes, name))
+        known.add(id(array))
+    return made
 
 
 def _ending(plan: LeafPlan, leaf: Leaf, call: Call, rounds: bool) -> Ending:
@@ -191,11 +298,6 @@ def _ending(plan: LeafPlan, leaf: Leaf, call: Call, rounds: bool) -> Ending:
     if plan.ends and (call.wants == "params" or form is not None):
         return Ending("param", leaf.final, form)
     return Ending("update" if plan.ends or rounds else "wide", leaf.final, form)
-
-
-def _arrays(param: Any) -> Any:
-    """A parameter as compiled calls take it."""
-    return param.arrays() if isinstance(param, EncodedParam) else param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +312,15 @@ class TreePass:
         """Whether it must get the parameters' dtypes, as other libraries' do; our own round when they return."""
         return isinstance(self.stage.body, Foreign)
 
-    def initial(self, plan: TreePlan, params: Any, leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
+    def initial(self, plan: TreePlan, leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
         """The pass's part of the state."""
-        return {self.field: self.stage.body.init(masked(plan.sees, params, leaves, structure))}
+        return {self.field: self.stage.body.init(masked(plan.sees, structure.unflatten(leaves), leaves, structure))}
+
+    def view(self, state: Any, params: list[Any], plan: TreePlan, structure: Any) -> list[Any]:
+        """The parameters to evaluate, where the stage tells them from those that are trained."""
+        seen = masked(plan.sees, structure.unflatten(params), params, structure)
+        parts = structure.flatten_up_to(self.stage.body.view(getattr(state, self.field), seen))
+        return [new if sees else old for old, new, sees in zip(params, parts, plan.sees, strict=True)]
 
     def run(self, state: Any, leaves: Leaves, plan: TreePlan, call: Call) -> tuple[Leaves, dict[str, Any], Report]:
         """The stage on the trees of the leaves that it sees, with holes in place of the others."""

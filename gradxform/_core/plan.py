@@ -10,7 +10,7 @@ import jax
 
 from gradxform._core import trees
 from gradxform._core.compiled import owned_slots, slot_avals
-from gradxform._core.encoded import decoded
+from gradxform._core.encoded import EncodedMoment, decoded
 from gradxform._core.leaves import masked
 from gradxform._core.masks import Mask
 from gradxform._core.rule import NOTHING, Rule
@@ -34,6 +34,12 @@ class LeafPlan:
     """Shape and dtype of these arrays."""
     ends: bool
     """Whether nothing after this pass acts on the leaf."""
+
+
+def opened(plan: LeafPlan, slots: Sequence[Any]) -> list[Any]:
+    """The arrays that a leaf keeps, those kept as codes decoded."""
+    pairs = zip(slots, plan.avals, strict=True)
+    return [slot.decoded(aval) if isinstance(slot, EncodedMoment) else slot for slot, aval in pairs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _frozen_by(
     return tuple(act and next(inner) for act in acts)
 
 
-def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals) -> Plan:
+def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals, structure: Any) -> Plan:
     """What each leaf gets in every pass; a pass is a tuple of rules, or a stage that sees whole trees."""
     frozen = selection.all_frozen
     within = iter(selection.frozen_within)
@@ -144,22 +150,33 @@ def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals) -> Plan
         if isinstance(part, TreeStage):
             made.append(TreePlan(acts, more, ends))
         else:
-            made.append(_leaf_plans(part, more, acts, ends, avals))
+            made.append(_leaf_plans(part, more, acts, ends, avals, structure))
         later = [act or after for act, after in zip(acts, later, strict=True)]
     untouched = [i for i, (rests, acts) in enumerate(zip(frozen, later, strict=True)) if not rests and not acts]
     return Plan(frozen, made[::-1], untouched)
 
 
 def _leaf_plans(
-    rules: tuple[Rule, ...], by_leaf: list[tuple[Rule, ...]], acts: list[bool], ends: list[bool], avals: Avals
+    rules: tuple[Rule, ...],
+    by_leaf: list[tuple[Rule, ...]],
+    acts: list[bool],
+    ends: list[bool],
+    avals: Avals,
+    structure: Any,
 ) -> list[LeafPlan]:
     known: dict[Any, LeafPlan] = {}
     plans: list[LeafPlan] = []
-    for own, act, end, aval in zip(by_leaf, acts, ends, avals, strict=True):
+    for index, (own, act, end, aval) in enumerate(zip(by_leaf, acts, ends, avals, strict=True)):
         key = (id(own), end, aval)
         if key not in known:
-            places = tuple(owned_slots(rules, own)) if act and trees.trainable(aval[1]) else ()
-            known[key] = LeafPlan(own, act, places, tuple(slot_avals(own, *aval)) if places else (), end)
+            kept = act and trees.trainable(aval[1])
+            try:
+                avals_of = tuple(slot_avals(own, *aval)) if kept else ()
+                places = owned_slots(rules, own, *aval) if kept else ()
+            except Exception as error:
+                error.add_note(f"for {trees.name_leaf('params', structure, index)}")
+                raise
+            known[key] = LeafPlan(own, act, places, avals_of, end)
         plans.append(known[key])
     return plans
 

@@ -7,8 +7,10 @@ A rule reads its hyperparameters, options and branches from ``step``:
     step.at_most     a bound on |u|, a float: infinity where none is known in advance
     step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``
     step.keep        ``mu = step.keep("mu", mu)``: a new moment as the state will hold it, to go on with
+    step.value       an extra argument of ``update``, if the rule names it: ``extra=("value",)``
+    step.key         a random key of its own for this array and step, if the rule has one: ``key=0``
 
-together with whatever its own `prepare` and `gather` computed for this step.
+together with what it remembers of all leaves, and whatever its own `prepare` and `gather` computed for this step.
 """
 
 from __future__ import annotations
@@ -24,11 +26,42 @@ import jax
 import numpy as np
 
 from gradxform._core.hyperparameters import Hyperparameter
+from gradxform._core.inventory import Role
+from gradxform._core.keys import Seed
 from gradxform._core.masks import Mask
 
 Array: TypeAlias = jax.Array
 RuleState: TypeAlias = dict[str, Any]
 """The state of one rule for one array, by name: ``{"mu": m}``; a branch's state stands under the branch's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """An array of a rule's state, with what its shape does not tell: an `init` gives it in place of the array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> def normalize_rows() -> gx.Transformation:
+      ...     def init(param):
+      ...         return {"rows": gx.Slot(jnp.zeros(len(param)), axes=(0,), role="non_negative")}
+      ...     def update(update, state, param, step):
+      ...         rows = state["rows"] + jnp.sum(update**2, axis=1)
+      ...         return update / jnp.sqrt(rows)[:, None], {"rows": rows}
+      ...     return gx.lift(init, update, slots=("rows",))
+      >>> print(normalize_rows().init(jnp.ones((2, 3))).rows)
+      [0. 0.]
+    """
+
+    array: Any
+    axes: tuple[int | None, ...] | None = None
+    """For each axis of the array the axis of the parameter that it goes along, None if it goes along none. On a mesh
+    the array is divided as these are. Default: the parameter's axes, if it has the parameter's shape."""
+    role: Role | None = None
+    """``"signed"``, ``"non_negative"`` or ``"kept"``: a moment of either sign, one that is never negative, or what must
+    stay exact; `quantize_state` asks. Default: what its name means, such as ``mu``, else unknown."""
+    dtype: Any = None
+    """A dtype of its own; default the rule's ``state_dtype``."""
 
 
 class Step(types.SimpleNamespace):
@@ -112,8 +145,14 @@ class Rule:
     update: Callable[[Array, RuleState, Array | None, Step], tuple[Array, RuleState]]
     prepare: Callable[[Step], Mapping[str, Any]] | None = None
     measure: Measure | None = None
+    totals: Callable[[Array, RuleState, Array | None, Step], Mapping[str, Any]] | None = None
     gather: Callable[[Mapping[str, Array], Step], Mapping[str, Any]] | None = None
-    memory: tuple[tuple[str, float], ...] = ()
+    memory: tuple[tuple[str, Any], ...] = ()
+    extra: tuple[str, ...] = ()
+    seed: Seed | None = None
+    slots: tuple[str, ...] | None = None
+    view: Callable[[RuleState, Array, Step], Array] | None = None
+    last: bool = False
     reports: tuple[str, ...] = ()
     axis_name: tuple[str, ...] | None = None
     mask: Mask | None = None
@@ -131,6 +170,16 @@ class Rule:
     def picky(self) -> bool:
         """Whether there are leaves that it, or a branch of it, can't take."""
         return any(inner.whole or inner.fits is not None for inner in self.parts)
+
+    @property
+    def joint(self) -> bool:
+        """Whether it needs something of all leaves before it runs on any."""
+        return self.measure is not None or self.gather is not None
+
+    @functools.cached_property
+    def by_shape(self) -> bool:
+        """Whether the names of what it keeps depend on the shape of the leaf."""
+        return any(part.slots is not None for part in self.parts)
 
     @functools.cached_property
     def branches(self) -> list[tuple[str, tuple[Rule, ...]]]:
@@ -154,7 +203,9 @@ class Rule:
     @functools.cached_property
     def is_plain(self) -> bool:
         """Whether its hyperparameters are constants, not arrays, which may be traced, and no part of it has a mask."""
-        return all(part.mask is None for part in self.parts) and all(h.constant for h in self.hyperparameters)
+        traced = self.seed is not None and not self.seed.constant
+        masked = any(part.mask is not None for part in self.parts)
+        return not traced and not masked and all(h.constant for h in self.hyperparameters)
 
     @functools.cached_property
     def labels(self) -> tuple[Any, ...]:
@@ -164,14 +215,18 @@ class Rule:
     def bind(
         self, name_of: Callable[[Hyperparameter], str], keeps: Callable[[Hyperparameter], bool] = lambda h: h.constant
     ) -> Rule:
-        """The rule without arrays: the hyperparameters it `keeps` as numbers, a `Dynamic` in place of all others."""
+        """The rule without arrays: the hyperparameters it `keeps` as numbers, a `Dynamic` in place of all others.
+
+        Its seed, which lives in the state, is another rule's as well.
+        """
 
         def bound(value: Any) -> Any:
             if isinstance(value, Hyperparameter):
                 return value.value if keeps(value) else Dynamic(name_of(value))
             return value
 
-        return self._mapped(lambda rule: rule.bind(name_of, keeps), bound)
+        bare = self._mapped(lambda rule: rule.bind(name_of, keeps), bound)
+        return bare if self.seed is None else dataclasses.replace(bare, seed=Seed(0))
 
     def select(self, acts: Callable[[Mask], bool]) -> Rule:
         """The rule for one leaf; `NOTHING`, which has no state, if a mask leaves the leaf out."""
@@ -210,7 +265,9 @@ class Rule:
         dtype = None if self.state_dtype is None else str(self.state_dtype)
         parts: list[str] = []
         axis = self.axis_name if self.axis_name is None or len(self.axis_name) != 1 else self.axis_name[0]
-        for key, value in (*self.arguments, ("mask", self.mask), ("state_dtype", dtype), ("axis_name", axis)):
+        key_of = None if self.seed is None else self.seed.value
+        rest = {"mask": self.mask, "state_dtype": dtype, "axis_name": axis, "key": key_of}
+        for key, value in (*self.arguments, *rest.items()):
             default: Any = defaults[key].default if key in defaults else None
             plain = value.value if isinstance(value, Hyperparameter) else value
             off = not isinstance(plain, jax.Array) and plain in (None, False, _NO_RULES)  # False is 0.0 too

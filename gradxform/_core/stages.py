@@ -140,7 +140,7 @@ def _turns(stages: Sequence[Stage]) -> Iterator[list[Rule | TreeStage]]:
 
 def measures(stage: Rule | TreeStage) -> bool:
     """Whether a stage, or something in it, depends on all leaves at once."""
-    return stage.measure is not None if isinstance(stage, Rule) else stage.body.measures
+    return stage.joint if isinstance(stage, Rule) else stage.body.measures
 
 
 def _measures(stage: Rule | TreeStage) -> bool:

@@ -53,6 +53,7 @@ def scale_by_adam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = False,
+    momentum_decay: Numeric | None = None,
     state_dtype: Any = None,
 ) -> Transformation:
     """m ← β₁·m + (1 − β₁)·u,  v ← γ·v + (1 − γ)·|u|²,  u ← m̂/(√v̂ + ε)
@@ -66,6 +67,7 @@ def scale_by_adam(
       eps_root: ε ≥ 0 inside the root, for gradients through the optimizer.
       mu_dtype: Dtype of the state ``mu``; default ``state_dtype``.
       nesterov: Look one step ahead: NAdam, with a constant β₁.
+      momentum_decay: ψ > 0 of NAdam's schedule of momenta; see `scale_by_momentum`.
       state_dtype: Dtype of the states ``mu`` and ``nu``; default float32 (float64 for float64 leaves).
 
     Raises:
@@ -81,7 +83,10 @@ def scale_by_adam(
     """
     beta, dtype = fraction(b1, "b1"), float_dtype("mu_dtype", mu_dtype) or state_dtype
     if flag("nesterov", nesterov):  # the two parts of the lookahead are corrected apart, so the momentum does it itself
-        first_moment = scale_by_momentum(beta, nesterov=True, debias=True, state_dtype=dtype)
+        options: dict[str, Any] = {"momentum_decay": momentum_decay, "state_dtype": dtype}
+        first_moment = scale_by_momentum(beta, nesterov=True, debias=True, **options)
+    elif momentum_decay is not None:
+        raise ValueError("momentum_decay belongs to NAdam's lookahead: say nesterov=True")
     else:
         first_moment = chain(scale_by_momentum(beta, state_dtype=dtype), bias_correction(beta))
     return normalize_by_rms(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gradxform._core.arguments import count_of
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric, Option, bound, fraction, non_negative, positive
+from gradxform._core.hyperparameters import Numeric, bound, fraction, non_negative, positive
 from gradxform._core.lift import lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.measures import GLOBAL_NORM, LEAF_NORMS
@@ -59,7 +59,7 @@ def clip_by_param_norm(
         needs_params=True,
         max_ratio=bound(max_ratio),
         eps=non_negative(eps),
-        axis=Option(_axes(axis)),
+        axis=_axes(axis),
     )
 
 
@@ -116,7 +116,7 @@ def clip_by_zscore(
         axis_name=axis_name,
         threshold=positive(threshold),
         decay=fraction(decay),
-        warmup=Option(count_of("warmup", warmup)),
+        warmup=count_of("warmup", warmup),
         max_norm=None if max_norm is None else bound(max_norm),
         eps=non_negative(eps),
     )
@@ -172,7 +172,7 @@ def clip_by_average_norm(
         axis_name=axis_name,
         max_ratio=bound(max_ratio),
         decay=fraction(decay),
-        warmup=Option(count_of("warmup", warmup)),
+        warmup=count_of("warmup", warmup),
         max_norm=bound(max_norm),
         eps=non_negative(eps),
     )

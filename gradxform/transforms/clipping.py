@@ -57,6 +57,28 @@ def clip_by_leaf_norm(max_norm: Numeric) -> Transformation:
     return lift(None, _clip_leaf, constructor=clip_by_leaf_norm, whole=True, at_most="max_norm", max_norm=limit)
 
 
+def clip_by_leaf_rms(max_rms: Numeric) -> Transformation:
+    """u ← u·min(1, c/RMS(u)), for each leaf by its own root of the mean square, ‖u‖₂/√n.
+
+    Args:
+      max_rms: c > 0; infinity changes nothing.
+
+    Raises:
+      TypeError, ValueError: if ``max_rms`` is not in (0, inf], or inside `jax.shard_map` a leaf is a shard.
+
+    References:
+      Shazeer & Stern 2018, arXiv 1804.04235, section 6 (update clipping).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx = gx.clip_by_leaf_rms(1.0)
+      >>> print(tx.update(jnp.array([2.0, -2.0]), tx.init(jnp.zeros(2)))[0])
+      [ 1. -1.]
+    """
+    return lift(None, _clip_rms, constructor=clip_by_leaf_rms, whole=True, max_rms=bound(max_rms))
+
+
 def clip_by_global_norm(
     max_norm: Numeric, *, axis_name: str | Sequence[str] | None = None, mask: MaskLike | None = None
 ) -> Transformation:
@@ -115,6 +137,12 @@ def _clip_leaf(update: Array, state: RuleState, param: Array | None, step: Step)
     if is_constant(step.max_norm, math.inf):
         return update, state
     return update * factor_to(norm(update), step.max_norm), state
+
+
+def _clip_rms(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
+    if is_constant(step.max_rms, math.inf):
+        return update, state
+    return update * factor_to(norm(update), step.max_rms * math.sqrt(max(update.size, 1))), state
 
 
 def _rescale(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:

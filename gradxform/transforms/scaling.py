@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from gradxform._core.arguments import FINITE
+import math
+
+import jax.numpy as jnp
+
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric, Schedule, non_negative, ranged
+from gradxform._core.hyperparameters import Numeric, Schedule, finite, non_negative, positive
 from gradxform._core.lift import lift
 from gradxform._core.rule import Array, RuleState, Step
+from gradxform.numerics import norm
 
 
 def scale(factor: Numeric) -> Transformation:
@@ -25,7 +29,7 @@ def scale(factor: Numeric) -> Transformation:
       >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
       [3. 3.]
     """
-    return lift(None, _scale, constructor=scale, factor=ranged(factor, FINITE))
+    return lift(None, _scale, constructor=scale, factor=finite(factor))
 
 
 def scale_by_schedule(schedule: Schedule) -> Transformation:
@@ -47,7 +51,7 @@ def scale_by_schedule(schedule: Schedule) -> Transformation:
     """
     if not callable(schedule):
         raise TypeError(f"schedule must be a function of the step, got {schedule!r}; for a number use scale")
-    return lift(None, _scale, constructor=scale_by_schedule, factor=schedule)
+    return lift(None, _scale, constructor=scale_by_schedule, factor=finite(schedule))
 
 
 def scale_by_learning_rate(learning_rate: Numeric) -> Transformation:
@@ -67,6 +71,41 @@ def scale_by_learning_rate(learning_rate: Numeric) -> Transformation:
       [-0.5 -0.5]
     """
     return lift(None, _descend, constructor=scale_by_learning_rate, learning_rate=non_negative(learning_rate))
+
+
+def scale_by_param_rms(min_scale: Numeric = 1e-3) -> Transformation:
+    """u ← u·max(RMS(θ), c), for each leaf: steps in proportion to its parameters.
+
+    Args:
+      min_scale: c > 0, for parameters that are near zero.
+
+    Raises:
+      TypeError, ValueError: if ``min_scale`` is not positive, or inside `jax.shard_map` a leaf is a shard.
+
+    References:
+      Shazeer & Stern 2018, arXiv 1804.04235, section 8 (relative step size).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx, params = gx.scale_by_param_rms(), jnp.array([3.0, -3.0])
+      >>> print(tx.update(jnp.array([1.0, 2.0]), tx.init(params), params)[0])
+      [3. 6.]
+    """
+    return lift(
+        None,
+        _scale_by_rms,
+        constructor=scale_by_param_rms,
+        whole=True,
+        needs_params=True,
+        min_scale=positive(min_scale),
+    )
+
+
+def _scale_by_rms(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
+    assert param is not None
+    rms = norm(param) / math.sqrt(max(param.size, 1))
+    return update * jnp.maximum(rms, step.min_scale), state
 
 
 def _scale(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from gradxform._core import encoded
-from gradxform._core.arguments import axes, count_of, one_of, visible_dtype
+from gradxform._core.arguments import axes, count_of, names, one_of, visible_dtype
 from gradxform._core.body import Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import increment
+from gradxform._core.extras import extras_of, with_finite
 from gradxform._core.hyperparameters import live
 from gradxform._core.leaves import Leaf, Leaves, masked, no_update
 from gradxform._core.lift import lift
@@ -39,6 +40,8 @@ class AccumulateState(NamedTuple):
     """Steps taken since `init`, int32, where ``every`` is a schedule of them."""
     mean: Any
     """The mean so far, or that of the last step, a tree like the parameters, in at least float32."""
+    extra: dict[str, Any] | None
+    """The means of extra arguments such as ``value``, by name; None if none is read."""
     inner: Any
     """The state of the accumulated transformation."""
 
@@ -55,6 +58,7 @@ def accumulate(
     every: int | Callable[[Any], Any],
     *,
     reduction: str = "mean",
+    extra: Sequence[str] = (),
     axis_name: str | Sequence[str] | None = None,
 ) -> Transformation:
     """ḡ = mean of the finite ones of g₁, …, gₖ,  u ← tx(ḡ) at every k-th call, −0 at the others.
@@ -65,17 +69,24 @@ def accumulate(
     and counted; if none of the k is finite, the inner transformation gets the last one, so that the failure shows.
     A leaf whose gradient is None at the call that steps stays as it is.
 
+    Extra arguments that the inner transformation's rules read, such as the loss in ``update(…, value=loss)``, reach
+    them as the mean over the same mini-batches, also where gradients are summed; a mini-batch with one that is not
+    finite is left out. Other extra arguments are handed on as the last call gave them.
+
     Args:
       tx: Any transformation.
       every: k ≥ 1, calls per step; or a schedule of it, a function of the number of steps taken so far, such as
         `optax.piecewise_constant_schedule`. If more gradients are pending than it asks for, the next call steps.
       reduction: ``"mean"``, or ``"sum"`` of the gradients in place of their mean.
+      extra: Names of further extra arguments to average, which a transformation of another library reads:
+        ``accumulate(optax.polyak_sgd(), 4, extra=("value",))``.
       axis_name: See `skip_nonfinite`.
 
     Returns:
       A transformation whose state has ``pending`` (gradients seen since the last step), ``kept`` (those in the
       mean), ``dropped`` (those left out since `init`), ``steps`` (taken so far, if ``every`` is a schedule), ``mean``
-      (float32 at least, shaped like the parameters, nothing for frozen ones) and ``inner``.
+      (float32 at least, shaped like the parameters, nothing for frozen ones), ``extra`` (the means of extra arguments)
+      and ``inner``.
 
     Raises:
       TypeError, ValueError: if ``every`` is no whole number of at least 1 or function, or ``reduction`` none of these.
@@ -93,7 +104,7 @@ def accumulate(
     body = body_of("tx of accumulate", tx)
     every = every if callable(every) else count_of("every", every)
     reduction = one_of("reduction", reduction, "mean", "sum")
-    return Transformation.of(Accumulate(body, every, reduction, axes("axis_name", axis_name)))
+    return Transformation.of(Accumulate(body, every, reduction, names("extra", extra), axes("axis_name", axis_name)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -102,7 +113,13 @@ class Accumulate(Wrapper):
 
     every: int | Callable[[Any], Any]
     reduction: str = "mean"
+    given: tuple[str, ...] = dataclasses.field(default=(), metadata={"written": "extra"})
+    """Names of extra arguments that the inner transformation reads without saying so."""
     axis_name: tuple[str, ...] | None = None
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.tx.extra, *self.given)))
 
     like_params: ClassVar[tuple[str, ...]] = ("mean",)
 
@@ -111,9 +128,9 @@ class Accumulate(Wrapper):
         leaves, structure = jax.tree.flatten(params)
         trained = [not rests for rests in self.tx.frozen(params)]
         mean = _MEAN.init(masked(trained, params, leaves, structure)).mean
-        return AccumulateState(
-            pending, kept, dropped, steps if callable(self.every) else None, mean, self.tx.init(params)
-        )
+        steps = steps if callable(self.every) else None
+        extra = {name: jnp.zeros((), visible_dtype()) for name in self.extra} or None
+        return AccumulateState(pending, kept, dropped, steps, mean, extra, self.tx.init(params))
 
     def step(self, updates: Any, state: Any, params: Any, call: Call) -> tuple[Any, Any, Report]:
         check_state_type("accumulate", state, AccumulateState)
@@ -124,6 +141,7 @@ class Accumulate(Wrapper):
         frozen = self.tx.frozen(updates if params is None else params)
         leaves = Leaves.of(updates, params, frozen)
         gradient, seen = self._seen(leaves, frozen, updates, state, params, call)
+        call = call.but(extra_args={**call.extra_args, **(seen.extra or {})})
         due = call.also(seen.pending >= self._calls(state))
         if concrete(due):
             return self._stepped(leaves, gradient, seen, params, call) if due else self._waiting(leaves, seen, call)
@@ -138,7 +156,9 @@ class Accumulate(Wrapper):
     ) -> tuple[Any, AccumulateState]:
         """What the inner transformation gets, this gradient included, and the state with this gradient in its mean."""
         acts = [not rests for rests in frozen]
-        finite = all_finite(leaves, acts, call, self.name, self.axis_name or ()).astype(jnp.int32)
+        extra = extras_of(repr(self.tx), self.extra, call)
+        good = all_finite(leaves, acts, call, self.name, self.axis_name or ())
+        finite = with_finite(good, extra.values()).astype(jnp.int32)
         given = [leaf.update for leaf in leaves.leaves]
         rounded, after, _ = _MEAN.body.step(
             masked(acts, leaves.structure.unflatten(given), given, leaves.structure),
@@ -146,10 +166,11 @@ class Accumulate(Wrapper):
             None if params is None else masked(acts, params, [leaf.param for leaf in leaves.leaves], leaves.structure),
             Call({}, call.accepted),
         )
-        counted = {
+        counted: dict[str, Any] = {
             "pending": state.pending + 1,
             "kept": state.kept + finite,
             "dropped": state.dropped + (1 - finite),
+            "extra": _means(state.extra, extra, state.kept, finite),
         }
         counted = unless(call.accepted, {name: getattr(state, name) for name in counted}, counted)
         means = leaves.structure.flatten_up_to(rounded if params is None else after.mean)
@@ -211,6 +232,17 @@ class Accumulate(Wrapper):
     def _dtype(self, leaf: Leaf) -> Any:
         """The dtype of the inner transformation's updates."""
         return leaf.arithmetic if self.lands else leaf.final
+
+
+def _means(means: dict[str, Any] | None, extra: dict[str, Any], kept: Array, finite: Array) -> dict[str, Any] | None:
+    """The means of extra arguments over the gradients that are kept, this one included if it is finite."""
+    if not extra:
+        return None
+    if means is None or means.keys() != extra.keys():
+        raise ValueError(f"state.extra has {sorted(means or ())}, this transformation averages {sorted(extra)}; {ANEW}")
+    first, number = kept == 0, (kept + 1).astype(visible_dtype())
+    new = {name: jnp.where(first, value, lerp(means[name], value, 1 / number)) for name, value in extra.items()}
+    return {name: jnp.where((finite > 0) | first, value, means[name]) for name, value in new.items()}
 
 
 def _zeros(param: Array) -> RuleState:

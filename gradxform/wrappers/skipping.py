@@ -18,10 +18,11 @@ from gradxform._core.arguments import axes, count_of, number_in, positive_range
 from gradxform._core.body import Transformation, Wrapper, body_of
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import increment
+from gradxform._core.extras import extra_of, extras_of, with_finite
 from gradxform._core.leaves import Leaves
 from gradxform._core.measures import all_finite, global_norm
 from gradxform._core.state import check_state_type, inner_hyperparams
-from gradxform._core.trees import ANEW, aval, describe, unless
+from gradxform._core.trees import ANEW, unless
 from gradxform.numerics.arithmetic import cast
 
 _LOG = logging.getLogger("gradxform")
@@ -168,6 +169,7 @@ class _Skip(Wrapper):
         frozen = self.tx.frozen(updates if params is None else params)
         leaves = Leaves.of(updates, params, frozen)
         good, after = self.judged(state, leaves, [not rests for rests in frozen], call)
+        good = with_finite(good, extras_of(repr(self.tx), self.tx.extra, call).values())
         gives_up = ~good & (state.skipped_in_a_row >= self.max_consecutive)
         accepted = good | gives_up
         _report(call.also(gives_up), state.skipped_in_a_row, name=self.name)
@@ -209,7 +211,7 @@ class SkipSpikes(_Skip):
         self._check(state)
         latest = {"norms": global_norm(leaves, acts, call, self.name, self.axis_name)}
         if self.watch != "norm":
-            latest["losses"] = self._loss(call)
+            latest["losses"] = cast(extra_of("skip_spikes", "value", call), jnp.float32)
         watched = {name: cast(x, jnp.float32) for name, x in latest.items() if getattr(state, name) is not None}
         finite = jnp.stack([jnp.isfinite(x) for x in latest.values()]).all()
         usual = [self._usual(getattr(state, name), x, state.seen) for name, x in watched.items()]
@@ -236,18 +238,6 @@ class SkipSpikes(_Skip):
         squares = jnp.sum(jnp.where(filled, jnp.square(past - mean), 0))
         deviation = jnp.sqrt(squares / jnp.maximum(number - 1, 1))
         return (number < max(2, self.window // 2 - 1)) | (latest - mean <= self.threshold * deviation)
-
-    def _loss(self, call: Call) -> jax.Array:
-        if "value" not in call.extra_args:
-            got = ", ".join(call.extra_args) or "no extra argument"
-            raise TypeError(f"skip_spikes watches the loss: call update(…, value=loss); it got {got}")
-        value = call.extra_args["value"]
-        _, dtype = aval(value)
-        if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-            raise TypeError(f"value must be the loss, a real number, got {describe(value)}")
-        if np.shape(value) != ():
-            raise ValueError(f"value must be a scalar, got shape {np.shape(value)}")
-        return cast(value, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="name")

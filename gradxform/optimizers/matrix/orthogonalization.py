@@ -14,7 +14,7 @@ import numpy as np
 
 from gradxform._core.arguments import FINITE, count_of, flag, float_dtype, number_in, one_of
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric, Option, non_negative
+from gradxform._core.hyperparameters import Numeric, non_negative
 from gradxform._core.lift import lift
 from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics.arithmetic import cast, smallest_normal, times
@@ -100,8 +100,8 @@ def orthogonalize(
         batched=None if batched is None else flag("batched", batched),
         layout=found.text,
         method=one_of("method", method, *_METHODS),
-        steps=Option(steps),
-        coefficients=None if own is None else Option(own),
+        steps=steps,
+        coefficients=None if own is None else own,
         scale=None if scale is None else one_of("scale", scale, *_SCALES),
         eps=non_negative(eps),
         dtype=None if narrow is None else str(narrow),

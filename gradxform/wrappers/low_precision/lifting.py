@@ -131,7 +131,7 @@ class LowPrecision(Wrapper):
         narrow = self._narrow(leaves, self.tx.frozen(params))
         wide = jax.tree.leaves(self.inner_params(params))
         residuals = [
-            meshes.beside(leaf, self.form.first_residual(value))
+            meshes.beside(leaf, self.form.first_residual(value), None, "params")
             if is_narrow and self.form.residual_dtype is not None
             else HOLE
             for leaf, value, is_narrow in zip(leaves, wide, narrow, strict=True)
@@ -166,6 +166,17 @@ class LowPrecision(Wrapper):
         seed = unless(call.accepted, state.seed, next_seed(state.seed))
         new_state = LowPrecisionState(seed, leaves.structure.unflatten(new_residuals), inner)
         return leaves.structure.unflatten(results), new_state, report
+
+    def view(self, state: Any, params: Any) -> Any:
+        leaves, structure = jax.tree.flatten(params)
+        narrow = self._narrow(leaves, self.tx.frozen(params))
+        residuals = structure.flatten_up_to(state.residual)
+        values = [
+            self.form.read(Kept(leaf, None if residual is HOLE else residual, state.seed, None)) if each else leaf
+            for leaf, residual, each in zip(leaves, residuals, narrow, strict=True)
+        ]
+        seen = structure.flatten_up_to(self.tx.view(state.inner, structure.unflatten(values)))
+        return structure.unflatten([cast(new, trees.dtype_of(old)) for new, old in zip(seen, leaves, strict=True)])
 
     def _narrow(self, leaves: list[Any], frozen: list[bool]) -> list[bool]:
         """Which leaves are low-precision numbers and not frozen."""

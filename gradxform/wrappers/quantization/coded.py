@@ -50,6 +50,9 @@ class Coded(EncodedMoment):
     def emptied(self) -> Coded:
         return dataclasses.replace(self, codes=None, scales=HOLE, seed=None)
 
+    def decoded(self, aval: trees.Aval) -> Array:
+        return decoded(self.codec, aval, self.codes, self.scales)
+
     @staticmethod
     def on_leaf(rules: tuple[Rule, ...]) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
         """`compiled.on_leaf` for a leaf with moments that are `Coded`."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gradxform._core import trees
-from gradxform._core.inventory import ROLES, StateArray, names_of, state_shapes
+from gradxform._core.inventory import StateArray, names_of, state_shapes
 from gradxform._core.leaves import HOLE, column
 from gradxform.wrappers.quantization.codecs.codec import Codec
 from gradxform.wrappers.quantization.coded import coded_avals
@@ -68,9 +68,9 @@ class Coding:
         inventory: Sequence[StateArray],
         fields: Sequence[str],
         params: Any,
-        codec_of: Callable[[str, trees.Aval], Codec | None],
+        codec_of: Callable[[StateArray], Codec | None],
     ) -> Coding:
-        """The coding for parameters of these shapes; ``codec_of(field, aval)`` is None for what is kept as it is."""
+        """The coding for parameters of these shapes; ``codec_of(array)`` is None for what is kept as it is."""
         paths, structure = jax.tree_util.tree_flatten_with_path(state_shapes(init, params))
         places = {path: place for place, (path, _) in enumerate(paths)}
         shapes = [trees.aval(leaf)[0] for leaf in jax.tree.leaves(params)]
@@ -78,7 +78,7 @@ class Coding:
             a for a in inventory if a.leaf is not None and a.aval[0] == shapes[a.leaf] and trees.trainable(a.aval[1])
         ]
         moments.sort(key=lambda moment: places[moment.path])
-        codecs = [codec_of(moment.field, moment.aval) for moment in moments]
+        codecs = list(map(codec_of, moments))
         coded = [(moment, codec) for moment, codec in zip(moments, codecs, strict=True) if codec is not None]
         arrays = tuple(
             CodedArray(a.path, places[a.path], a.field, fields.index(a.field), a.leaf, codec, a.aval)
@@ -134,6 +134,6 @@ class Coding:
         return codes, scales, self.structure.unflatten(leaves)
 
 
-def role_of(field: str, given: Mapping[str, str]) -> str | None:
-    """What a field holds, by its name; None if it is not known."""
-    return next((given[name] for name in names_of(field) if name in given), ROLES.get(names_of(field)[-1]))
+def role_of(array: StateArray, given: Mapping[str, str]) -> str | None:
+    """What an array holds: what is `given` for its field, else what its rule or its name tells; None if unknown."""
+    return next((given[name] for name in names_of(array.field) if name in given), array.role)

@@ -171,6 +171,11 @@ class QuantizeState(Wrapper):
             closed = unless(call.accepted, state, closed)
         return result, closed._replace(seed=unless(call.accepted, state.seed, next_seed(state.seed))), report
 
+    def view(self, state: Any, params: Any) -> Any:
+        coding, structure = self.coding(params), jax.tree.structure(params)
+        opened = coding.opened(state.codes, state.scales, state.inner, structure, _decoded)
+        return self.tx.view(opened, self.inner_params(params))
+
     def _narrowed(self, leaves: Leaves, results: list[Any], call: Call) -> Any:
         """What is wanted, made of the results of a transformation that saw float32."""
         narrow = [
@@ -206,7 +211,8 @@ class QuantizeState(Wrapper):
                 raise ValueError(
                     f"fields names {name!r}, which is no field of the state of {self.tx!r}; it has {known}"
                 )
-        moments = [field for field in known if role_of(field, dict(self.fields)) in ("signed", "non_negative")]
+        roles = [(array.field, role_of(array, dict(self.fields))) for array in inventory if array.leaf is not None]
+        moments = sorted({field for field, role in roles if role in ("signed", "non_negative")})
         return Coding.of(self.tx.init, inventory, moments if leaves else self._moments, seen, self.codec_of)
 
     @functools.cached_property
@@ -225,15 +231,15 @@ class QuantizeState(Wrapper):
         real = dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize <= 4
         return real and size >= self.min_size and size % self.codec.block == 0
 
-    def codec_of(self, field: str, aval: trees.Aval) -> Codec | None:
-        """How an array of a field is coded; None if it is kept."""
-        if not self.fits(aval):
+    def codec_of(self, array: StateArray) -> Codec | None:
+        """How an array of the state is coded; None if it is kept."""
+        if not self.fits(array.aval):
             return None
-        role = role_of(field, dict(self.fields))
+        role = role_of(array, dict(self.fields))
         if role is None:
             raise ValueError(
-                f"{self.name} does not know what the state field {field!r} of {self.tx!r} holds; say "
-                f"fields={{{names_of(field)[-1]!r}: …}} with one of {', '.join(map(repr, HOLDS))}"
+                f"{self.name} does not know what the state field {array.field!r} of {self.tx!r} holds; say "
+                f"fields={{{names_of(array.field)[-1]!r}: …}} with one of {', '.join(map(repr, HOLDS))}"
             )
         return None if role == "kept" else dataclasses.replace(self.codec, signed=role == "signed")
 

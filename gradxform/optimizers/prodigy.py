@@ -1,0 +1,139 @@
+"""Adam whose learning rate is estimated: how far the parameters have to go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from gradxform._core.arguments import flag
+from gradxform._core.body import Transformation
+from gradxform._core.hyperparameters import Numeric, fraction, non_negative, positive
+from gradxform._core.lift import lift
+from gradxform._core.rule import Array, RuleState, Step
+from gradxform.numerics import clamp, largest_square, lerp, one_minus_power
+
+
+def prodigy(
+    learning_rate: Numeric = 1.0,
+    betas: tuple[Numeric, Numeric] = (0.9, 0.999),
+    beta3: Numeric | None = None,
+    eps: Numeric = 1e-8,
+    estim_lr0: Numeric = 1e-6,
+    estim_lr_coef: Numeric = 1.0,
+    weight_decay: Numeric = 0.0,
+    safeguard_warmup: bool = False,
+    *,
+    axis_name: str | Sequence[str] | None = None,
+) -> Transformation:
+    """m ← β₁·m + (1 − β₁)·d·g,  v ← β₂·v + (1 − β₂)·(d·g)²,  θ ← θ − d·α̂·(m/(√v + d·ε) + λ·θ)
+
+    d is a lower bound of the distance from θ₀ to a solution, and never falls: d ← max(d, c·r/‖s‖₁) with
+    r ← β₃·r + d·α̂·⟨g, θ₀ − θ⟩·d/d₀ and s ← β₃·s + d·α̂·g·d/d₀, where α̂ = α·√(1 − β₂ᵗ)/(1 − β₁ᵗ). The sums are over
+    all parameters.
+
+    Args:
+      learning_rate: α ≥ 0, which is multiplied by d; 1 times a schedule, such as a cosine with a short warmup.
+      betas: β₁ and β₂ in [0, 1).
+      beta3: β₃ in [0, 1), of the sums; default √β₂.
+      eps: ε ≥ 0.
+      estim_lr0: d₀ > 0, the first d, below any rate that could be right.
+      estim_lr_coef: c > 0, by which the estimate is multiplied; 0.5 or 2 where it settles too high or too low.
+      weight_decay: λ ≥ 0, of all parameters that take part.
+      safeguard_warmup: Leave α̂ out of s, so that the small rates of a long warmup do not drive d up.
+      axis_name: See `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state has ``mu``, ``nu``, ``gradient_sum`` and ``start`` per parameter, ``distance`` (d)
+      and ``progress`` (r).
+
+    Raises:
+      TypeError, ValueError: if a number is out of its range, or β₃ is to be made of a β₂ that is no constant.
+
+    References:
+      Mishchenko & Defazio 2023, arXiv 2306.06101, algorithm 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> tx, params = gx.prodigy(), jnp.array([10.0, -10.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     updates, state = tx.update(2 * params, state, params)
+      ...     params = params + updates
+      >>> print(bool(jnp.abs(params).max() < 1), bool(state.distance > 0.1))
+      True True
+    """
+    b1, b2 = betas
+    if beta3 is None:
+        if not isinstance(b2, int | float):
+            raise TypeError("beta3 is by default the root of a constant β₂: give beta3=, or a number as betas[1]")
+        beta3 = float(b2) ** 0.5
+    return lift(
+        _start,
+        _step,
+        constructor=prodigy,
+        prepare=_rates,
+        totals=_totals,
+        gather=_estimate,
+        memory={"distance": 0.0, "progress": 0.0},
+        needs_params=True,
+        axis_name=axis_name,
+        learning_rate=non_negative(learning_rate),
+        b1=fraction(b1, "b1"),
+        b2=fraction(b2, "b2"),
+        beta3=fraction(beta3),
+        eps=non_negative(eps),
+        estim_lr0=positive(estim_lr0),
+        estim_lr_coef=positive(estim_lr_coef),
+        weight_decay=non_negative(weight_decay),
+        safeguard_warmup=flag("safeguard_warmup", safeguard_warmup),
+    )
+
+
+def _start(param: Array) -> RuleState:
+    zeros = {name: jnp.zeros_like(param) for name in ("mu", "nu", "gradient_sum")}
+    return {**zeros, "start": param}
+
+
+def _rates(step: Step) -> dict[str, Any]:
+    correction = jnp.sqrt(one_minus_power(step.b2, step.number)) / one_minus_power(step.b1, step.number)
+    return {"rate": step.learning_rate * correction}
+
+
+def _weight(step: Step, distance: Array) -> Array:
+    """What a gradient counts for in the sums."""
+    return distance * (1.0 if step.safeguard_warmup else step.rate) * distance / step.estim_lr0
+
+
+def _totals(update: Array, state: RuleState, param: Array | None, step: Step) -> dict[str, Any]:
+    distance = jnp.maximum(step.distance, step.estim_lr0)
+    size = jnp.sum(jnp.abs(step.beta3 * state["gradient_sum"] + _weight(step, distance) * update))
+    return {"progress": jnp.sum(update * (state["start"] - param)), "size": size}
+
+
+def _estimate(total: Any, step: Step) -> dict[str, Any]:
+    before = jnp.maximum(step.distance, step.estim_lr0)
+    progress = step.beta3 * step.progress + before * step.rate * before / step.estim_lr0 * total["progress"]
+    size = jnp.where(total["size"] > 0, total["size"], 1)
+    return {
+        "before": before,
+        "progress": progress,
+        "distance": jnp.maximum(before, step.estim_lr_coef * progress / size),
+    }
+
+
+def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
+    assert param is not None
+    scaled = clamp(step.before * update, largest_square(update.dtype))
+    mu = step.keep("mu", lerp(state["mu"], scaled, 1 - step.b1))
+    nu = step.keep("nu", lerp(state["nu"], scaled**2, 1 - step.b2))
+    direction = mu / (jnp.sqrt(nu) + step.distance * step.eps) + step.weight_decay * param
+    new = {
+        "mu": mu,
+        "nu": nu,
+        "gradient_sum": step.beta3 * state["gradient_sum"] + _weight(step, step.before) * update,
+        "start": state["start"],
+    }
+    return -step.before * step.rate * direction, new

@@ -1,0 +1,164 @@
+"""Against curvature that differs by direction: an inverse Hessian, made of the last steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradxform._core.arguments import count_of, flag
+from gradxform._core.body import Transformation
+from gradxform._core.lift import lift
+from gradxform._core.rule import Array, RuleState, Slot, Step
+from gradxform._core.totals import Norm
+from gradxform.numerics import norm
+
+
+def scale_by_lbfgs(
+    memory_size: int = 10, scale_init_precond: bool = True, *, axis_name: str | Sequence[str] | None = None
+) -> Transformation:
+    """u ← H·u: H is the inverse Hessian that the last k steps s = θₜ − θₜ₋₁, with y = gₜ − gₜ₋₁, give. L-BFGS.
+
+    H changes as little as it can so that H·y = s for the last k pairs, from γ·I with γ = ⟨s, y⟩/⟨y, y⟩ of the last one.
+    Pairs with ⟨s, y⟩ ≤ 0, which would make H indefinite, and pairs that are not finite are left out. It is for
+    gradients of the same data in every step; a line search after it gives steps the right length, see `lbfgs`.
+
+    The inner products are taken once, over all leaves, and kept in the state; from these k² numbers the coefficients
+    follow by which H·u is a sum of the k steps, the k differences and u.
+
+    Args:
+      memory_size: k ≥ 1, how many pairs are kept: 2·k + 2 numbers per parameter.
+      scale_init_precond: Whether H starts from γ·I, in the first step with γ = min(1, 1/‖u‖); else from I.
+      axis_name: See `clip_by_global_norm`.
+
+    Raises:
+      TypeError, ValueError: if ``memory_size`` is no whole number of at least 1.
+
+    References:
+      Liu & Nocedal 1989, "On the limited memory BFGS method for large scale optimization"; Nocedal & Wright 2006,
+      algorithms 7.4 and 7.5; Byrd, Nocedal & Schnabel 1994, for the products.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gradxform as gx
+      >>> curvatures, params = jnp.array([1.0, 10.0, 100.0]), jnp.ones(3)
+      >>> tx = gx.chain(gx.scale_by_lbfgs(), gx.scale(-1.0))
+      >>> state = tx.init(params)
+      >>> for _ in range(12):
+      ...     updates, state = tx.update(curvatures * params, state, params)
+      ...     params = params + updates
+      >>> print(bool(jnp.abs(params).max() < 1e-4))
+      True
+    """
+    size = count_of("memory_size", memory_size)
+    return lift(
+        History(size),
+        _combine,
+        constructor=scale_by_lbfgs,
+        totals=_products,
+        gather=_coefficients,
+        memory={"steps_by_differences": jnp.zeros((size, size)), "differences": jnp.zeros((size, size))},
+        needs_params=True,
+        axis_name=axis_name,
+        memory_size=size,
+        scale_init_precond=flag("scale_init_precond", scale_init_precond),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The `init` of the rule: no pairs yet."""
+
+    size: int
+
+    def __call__(self, param: Array) -> RuleState:
+        axes = (None, *range(param.ndim))
+        pairs = {name: jnp.zeros((self.size, *param.shape), param.dtype) for name in ("steps", "differences")}
+        last = {name: Slot(jnp.zeros_like(param), role="kept") for name in ("last_param", "last_update")}
+        return {**{name: Slot(array, axes, "kept") for name, array in pairs.items()}, **last}
+
+
+def _newest(step: Step) -> Any:
+    """The place of the pair that the last step gave; pairs are kept in a ring."""
+    return ((step.number - 2) % step.memory_size).astype(jnp.int32)
+
+
+def _pair(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, Array]:
+    """s and y; zeros in the first step."""
+    assert param is not None
+    first = step.number == 1
+    return jnp.where(first, 0, param - state["last_param"]), jnp.where(first, 0, update - state["last_update"])
+
+
+def _products(update: Array, state: RuleState, param: Array | None, step: Step) -> dict[str, Any]:
+    vectors = jnp.stack([*_pair(update, state, param, step), update])
+    axes = tuple(range(1, vectors.ndim))
+
+    def with_vectors(arrays: Array) -> Array:
+        return jnp.tensordot(arrays.conj(), vectors, (axes, axes), precision=jax.lax.Precision.HIGHEST).real
+
+    return {
+        "of_steps": with_vectors(state["steps"]),
+        "of_differences": with_vectors(state["differences"]),
+        "of_new": with_vectors(vectors),
+        "size": Norm(norm(update)),
+    }
+
+
+def _coefficients(total: Any, step: Step) -> dict[str, Any]:
+    """The coefficients of H·u, by the two loops of L-BFGS in the products of all vectors."""
+    newest, new = _newest(step), jnp.nan_to_num(total["of_new"], nan=0.0, posinf=0.0, neginf=0.0)
+    of_steps, of_differences = (
+        jnp.nan_to_num(total[name], nan=0.0, posinf=0.0, neginf=0.0).at[newest].set(new[row])
+        for row, name in enumerate(("of_steps", "of_differences"))
+    )
+    # ⟨sᵢ, yⱼ⟩ and ⟨yᵢ, yⱼ⟩ with those of the new pair
+    crossed = step.steps_by_differences.at[newest].set(of_differences[:, 0]).at[:, newest].set(of_steps[:, 1])
+    squares = step.differences.at[newest].set(of_differences[:, 1]).at[:, newest].set(of_differences[:, 1])
+    curvature = jnp.diagonal(crossed)
+    inverse = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0)
+
+    def backward(turn: Any, alphas: Array) -> Array:
+        place = (newest - turn) % step.memory_size
+        return alphas.at[place].set(inverse[place] * (of_steps[place, 2] - crossed[place] @ alphas))
+
+    alphas = jax.lax.fori_loop(0, step.memory_size, backward, jnp.zeros_like(inverse))
+    scale = _first_scale(curvature[newest], squares[newest, newest], total["size"], step)
+
+    def forward(turn: Any, weights: Array) -> Array:
+        place = (newest + 1 + turn) % step.memory_size
+        along = scale * (of_differences[place, 2] - squares[place] @ alphas) + crossed[:, place] @ weights
+        return weights.at[place].set(jnp.where(inverse[place] > 0, alphas[place] - inverse[place] * along, 0))
+
+    weights = jax.lax.fori_loop(0, step.memory_size, forward, jnp.zeros_like(inverse))
+    return {
+        "steps_by_differences": crossed,
+        "differences": squares,
+        "scale": scale,
+        "of_step": weights,
+        "of_difference": -scale * alphas,
+    }
+
+
+def _first_scale(curvature: Array, square: Array, size: Array, step: Step) -> Any:
+    """γ: what H is before any pair is taken into it."""
+    if not step.scale_init_precond:
+        return jnp.ones_like(size)
+    known = (curvature > 0) & (square > 0)
+    capped = jnp.minimum(1, 1 / jnp.where(size > 0, size, 1))
+    return jnp.where(known, curvature / jnp.where(known, square, 1), capped)
+
+
+def _combine(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
+    pair = _pair(update, state, param, step)
+    steps, differences = (
+        step.keep(name, jax.lax.dynamic_update_index_in_dim(state[name], new, _newest(step), 0))
+        for name, new in zip(("steps", "differences"), pair, strict=True)
+    )
+    direction = step.scale * update + jnp.tensordot(step.of_step, steps, 1)
+    direction = direction + jnp.tensordot(step.of_difference, differences, 1)
+    new = {"steps": steps, "differences": differences, "last_param": param, "last_update": update}
+    return direction, new
