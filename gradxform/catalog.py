@@ -221,6 +221,159 @@ OPTIMIZERS = (
         torch="torch has no NorMuon; that of pytorch_optimizer takes the same steps",
         paper="Li et al. 2025, arXiv 2510.05491, algorithm 1",
     ),
+    Entry(
+        function=gx.soap,
+        idea="Adam in the eigenbasis of each matrix's gradients",
+        examples=("soap(α)", 'soap(α, every=1, renewal="eigh")'),
+        sees="leaf",
+        composition={
+            "soap(α, β, γ, weight_decay=λ)": (
+                "chain(scale_by_soap(β, γ), add_decoupled_weight_decay(λ), scale_by_learning_rate(α))"
+            )
+        },
+        optax="optax has no SOAP",
+        torch="torch has no SOAP; that of pytorch_optimizer takes the same steps",
+        paper="Vyas et al. 2024, arXiv 2409.11321, algorithm 3",
+    ),
+    Entry(
+        function=gx.nadam,
+        idea="Adam that looks one step ahead",
+        examples=("nadam(α)", "nadam(α, momentum_decay=0.004)"),
+        sees="element",
+        degree=0,
+        composition={"nadam(α, β, γ, ε)": "adam(α, β, γ, ε, nesterov=True)"},
+        optax=alike("nadam(α, β, γ, ε)"),
+        torch={
+            "nadam(α, β, γ, ε, momentum_decay=c)": "optim.NAdam(lr=α, betas=(β, γ), eps=ε, momentum_decay=c)",
+        },
+        paper='Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2',
+    ),
+    Entry(
+        function=gx.lion,
+        idea="only the sign of a momentum",
+        examples=("lion(α)",),
+        sees="element",
+        degree=0,
+        composition={
+            "lion(α, β, γ, weight_decay=λ)": (
+                "chain(scale_by_momentum(γ, blend=β), scale_by_sign(), add_decoupled_weight_decay(λ), "
+                "scale_by_learning_rate(α))"
+            )
+        },
+        optax=alike("lion(α, β, γ, weight_decay=λ)"),
+        torch="torch has no Lion; that of pytorch_optimizer takes the same steps",
+        paper="Chen et al. 2023, arXiv 2302.06675, algorithm 2",
+    ),
+    Entry(
+        function=gx.adafactor,
+        idea="a second moment of rows and columns alone",
+        examples=("adafactor(α, min_dim_size_to_factor=2)", "adafactor(α, momentum=0.9, weight_decay_rate=λ)"),
+        sees="leaf",
+        degree=0,
+        composition={
+            "adafactor(α, 3)": (
+                "chain(normalize_by_factored_rms(min_dim_size_to_factor=3), clip_by_leaf_rms(1.0), "
+                'scale(finite(α, "learning_rate")), scale_by_param_rms(), scale(-1.0))'
+            )
+        },
+        optax={
+            "adafactor(α, 2)": "adafactor(α, 2)",
+            "adafactor(α)": "adafactor(α)",
+            "adafactor(α, 2, c, momentum=β, weight_decay_rate=λ, clipping_threshold=c)": (
+                "adafactor(α, 2, c, momentum=β, weight_decay_rate=λ, clipping_threshold=c)"
+            ),
+        },
+        torch={
+            'chain(normalize_by_factored_rms(min_dim_size_to_factor=1, axes="last"), clip_by_leaf_rms(1.0), '
+            "scale_by_param_rms(), scale_by_schedule(lambda count: min(α, (count + 1.0) ** -0.5)), scale(-1.0))": (
+                "optim.Adafactor(lr=α, weight_decay=0.0)"
+            )
+        },
+        paper="Shazeer & Stern 2018, arXiv 1804.04235, algorithms 4 and 5",
+    ),
+    Entry(
+        function=gx.prodigy,
+        idea="the learning rate itself is estimated",
+        examples=("prodigy(1.0)", "prodigy(1.0, weight_decay=λ, safeguard_warmup=True)"),
+        sees="tree",
+        optax={
+            "prodigy(c, β, γ, eps=ε, weight_decay=λ)": "contrib.prodigy(c, (β, γ), eps=ε, weight_decay=λ)",
+            "prodigy(safeguard_warmup=True, d0=c)": "contrib.prodigy(safeguard_warmup=True, estim_lr0=c)",
+        },
+        torch="torch has no Prodigy; prodigyopt is by its authors",
+        paper="Mishchenko & Defazio 2023, arXiv 2306.06101, algorithm 4",
+    ),
+    Entry(
+        function=gx.polyak_sgd,
+        idea="a step as long as the loss is high",
+        examples=("polyak_sgd(c)", 'polyak_sgd(c, variant="sps+")'),
+        sees="tree",
+        composition={"polyak_sgd(scaling=α)": "chain(scale_by_polyak(), scale_by_learning_rate(α))"},
+        optax=alike("polyak_sgd(c, f_min=ε, eps=λ)"),
+        torch="torch has no Polyak steps",
+        paper="Loizou et al. 2021, arXiv 2002.10542, equation 3",
+    ),
+    Entry(
+        function=gx.noisy_sgd,
+        idea="noise that fades beside the gradient",
+        examples=("noisy_sgd(α)",),
+        sees="element",
+        composition={"noisy_sgd(α, c, β)": "chain(add_noise(c, β), scale_by_learning_rate(α))"},
+        optax="optax.noisy_sgd draws other numbers of the same distribution",
+        torch="torch has no noise; SGLD is left to its users",
+        paper="Neelakantan et al. 2015, arXiv 1511.06807, equation 1",
+    ),
+    Entry(
+        function=gx.lbfgs,
+        idea="an inverse Hessian made of the last steps",
+        examples=("lbfgs(α, memory_size=3)",),
+        sees="tree",
+        composition={"lbfgs(α)": "chain(scale_by_lbfgs(), scale_by_learning_rate(α))"},
+        optax={"lbfgs(α, 3)": "lbfgs(α, 3, linesearch=None)"},
+        torch="torch.optim.LBFGS takes a closure and iterates in one step",
+        paper='Liu & Nocedal 1989, "On the limited memory BFGS method for large scale optimization"',
+    ),
+    Entry(
+        function=gx.schedule_free,
+        idea="an average of the parameters in place of a falling rate",
+        examples=("schedule_free(sgd(α), α)",),
+        sees="element",
+        composition={"schedule_free(adam(α), α)": "chain(adam(α), average_schedule_free(α))"},
+        optax={"schedule_free(sgd(α), α, β)": "contrib.schedule_free(sgd(α), α, β)"},
+        torch="torch has none; schedulefree is by its authors",
+        paper="Defazio et al. 2024, arXiv 2405.15682, algorithm 1",
+    ),
+    Entry(
+        function=gx.schedule_free_sgd,
+        idea="gradient descent without a schedule",
+        examples=("schedule_free_sgd(α)", "schedule_free_sgd(α, warmup_steps=3)"),
+        sees="element",
+        composition={
+            "schedule_free_sgd(α, weight_decay=λ)": (
+                "schedule_free(chain(add_decoupled_weight_decay(λ), scale_by_learning_rate(α)), α)"
+            )
+        },
+        optax={"schedule_free_sgd(α, b1=β, weight_decay=λ)": "contrib.schedule_free_sgd(α, b1=β, weight_decay=λ)"},
+        torch="torch has none; schedulefree is by its authors",
+        paper="Defazio et al. 2024, arXiv 2405.15682, algorithm 1",
+    ),
+    Entry(
+        function=gx.schedule_free_adamw,
+        idea="AdamW without a schedule",
+        examples=("schedule_free_adamw(α)",),
+        sees="element",
+        composition={
+            "schedule_free_adamw(α, b2=γ, weight_decay=λ)": (
+                "schedule_free(chain(normalize_by_rms(γ, debias=True), add_decoupled_weight_decay(λ), "
+                "scale_by_learning_rate(α)), α)"
+            )
+        },
+        optax={
+            "schedule_free_adamw(α, None, β, γ, ε, λ)": "contrib.schedule_free_adamw(α, None, β, γ, ε, λ)",
+        },
+        torch="torch has none; schedulefree is by its authors",
+        paper="Defazio et al. 2024, arXiv 2405.15682, algorithm 1",
+    ),
 )
 
 TRANSFORMATIONS = (
@@ -315,6 +468,84 @@ TRANSFORMATIONS = (
         paper="Duchi, Hazan & Singer 2011, JMLR 12, figure 1",
     ),
     Entry(
+        function=gx.normalize_by_factored_rms,
+        idea="divide by the root of a moving average of squares, of rows and of columns",
+        examples=("normalize_by_factored_rms(min_dim_size_to_factor=2)", "normalize_by_factored_rms(factored=False)"),
+        sees="leaf",
+        degree=0,
+        optax={
+            "normalize_by_factored_rms(c, 0, 2)": "scale_by_factored_rms(True, c, 0, 2)",
+            "normalize_by_factored_rms(c, factored=False)": "scale_by_factored_rms(False, c)",
+        },
+        torch=OPTIMIZERS_ONLY,
+        paper="Shazeer & Stern 2018, arXiv 1804.04235, algorithm 4",
+    ),
+    Entry(
+        function=gx.scale_by_sign,
+        idea="keep nothing but the sign",
+        examples=("scale_by_sign()",),
+        sees="element",
+        degree=0,
+        optax=alike("scale_by_sign()"),
+        torch=OPTIMIZERS_ONLY,
+        paper="Bernstein et al. 2018, arXiv 1802.04434, algorithm 1",
+    ),
+    Entry(
+        function=gx.scale_by_param_rms,
+        idea="steps in proportion to the parameters of each leaf",
+        examples=("scale_by_param_rms()",),
+        sees="leaf",
+        degree=1,
+        optax={"scale_by_param_rms(c)": "scale_by_param_block_rms(c)"},
+        torch=OPTIMIZERS_ONLY,
+        paper="Shazeer & Stern 2018, arXiv 1804.04235, section 8",
+    ),
+    Entry(
+        function=gx.scale_by_polyak,
+        idea="as long a step as the loss is high",
+        examples=("scale_by_polyak()",),
+        sees="tree",
+        optax=alike("scale_by_polyak(ε, c, λ)"),
+        torch=OPTIMIZERS_ONLY,
+        paper="Loizou et al. 2021, arXiv 2002.10542, equation 3",
+    ),
+    Entry(
+        function=gx.scale_by_lbfgs,
+        idea="multiply by an inverse Hessian made of the last steps",
+        examples=("scale_by_lbfgs(3)",),
+        sees="tree",
+        optax={"scale_by_lbfgs(3)": "scale_by_lbfgs(3)"},
+        torch=OPTIMIZERS_ONLY,
+        paper='Liu & Nocedal 1989, "On the limited memory BFGS method for large scale optimization"',
+    ),
+    Entry(
+        function=gx.scale_by_soap,
+        idea="the direction of Adam in the eigenbasis of each matrix's gradients",
+        examples=("scale_by_soap()",),
+        sees="leaf",
+        optax="optax has no SOAP",
+        torch=OPTIMIZERS_ONLY,
+        paper="Vyas et al. 2024, arXiv 2409.11321, algorithm 3",
+    ),
+    Entry(
+        function=gx.average_schedule_free,
+        idea="train between where updates lead and their average",
+        examples=("average_schedule_free(α)",),
+        sees="element",
+        optax="in optax it is contrib.schedule_free, around a transformation",
+        torch=OPTIMIZERS_ONLY,
+        paper="Defazio et al. 2024, arXiv 2405.15682, equations 6 to 8",
+    ),
+    Entry(
+        function=gx.add_noise,
+        idea="random numbers that fade",
+        examples=("add_noise(c, γ)",),
+        sees="element",
+        optax="optax.add_noise draws other numbers of the same distribution",
+        torch=OPTIMIZERS_ONLY,
+        paper="Neelakantan et al. 2015, arXiv 1511.06807, equation 1",
+    ),
+    Entry(
         function=gx.clip_by_value,
         idea="bound each element",
         examples=("clip_by_value(c)",),
@@ -328,9 +559,18 @@ TRANSFORMATIONS = (
         idea="bound the norm of each leaf, and keep its direction",
         examples=("clip_by_leaf_norm(c)",),
         sees="leaf",
-        optax="optax.clip_by_block_rms bounds the root of the mean square, which is the norm over √n",
+        optax="optax has clip_by_block_rms, here clip_by_leaf_rms, which bounds the norm over √n",
         torch=OPTIMIZERS_ONLY,
         paper="Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063, algorithm 1",
+    ),
+    Entry(
+        function=gx.clip_by_leaf_rms,
+        idea="bound the root of the mean square of each leaf",
+        examples=("clip_by_leaf_rms(c)",),
+        sees="leaf",
+        optax={"clip_by_leaf_rms(c)": "clip_by_block_rms(c)"},
+        torch=OPTIMIZERS_ONLY,
+        paper="Shazeer & Stern 2018, arXiv 1804.04235, section 6",
     ),
     Entry(
         function=gx.clip_by_global_norm,

@@ -142,7 +142,7 @@ class Chain(Body):
         for stage in self.flat:
             if isinstance(stage, TreeStage):
                 runs.append(stage)
-            elif runs and isinstance(runs[-1], list) and not stage.joint:
+            elif runs and isinstance(runs[-1], list) and not stage.gathers:
                 runs[-1].append(bind(stage))
             else:
                 runs.append([bind(stage)])
@@ -281,7 +281,8 @@ class Chain(Body):
                 update = leaf.update
                 if not numerics.strong(update, leaf.final):
                     update = cast(update, leaf.final)
-                results[index] = unless(call.accepted, no_update(update), update)
+                accepted = call.accepted
+                results[index] = update if accepted is None else jnp.where(accepted, update, no_update(update))
         return results
 
     def _who_needs_params(self) -> str:
@@ -346,9 +347,8 @@ class Chain(Body):
         leaves, structure = jax.tree.flatten(params)
         selection = self._select(params, given=True)
         frozen, sees = selection.all_frozen, selection.seen_by(self.flat)
-        tables = [stage.table for stage in self.stages if isinstance(stage, Groups)]
-        labels = zip(*([table.label(group) for group in table(structure)] for table in tables), strict=True)
-        groups = [" ".join(of_leaf) for of_leaf in labels] if tables else [""] * len(leaves)
+        labels = [stage.labels(leaves, structure) for stage in self.stages if isinstance(stage, Groups)]
+        groups = [" ".join(of_leaf) for of_leaf in zip(*labels, strict=True)] if labels else [""] * len(leaves)
         assigned = [Assigned(group, rests, {}) for group, rests in zip(groups, frozen, strict=True)]
         for stage in self.flat:
             if isinstance(stage, TreeStage):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -12,15 +12,17 @@ from gradxform._core.arguments import flag, is_a
 from gradxform._core.body import Transformation
 from gradxform._core.chain import chain_of
 from gradxform._core.lift import stages_of
-from gradxform._core.masks import MaskLike, mask_of
-from gradxform._core.patterns import table_of
+from gradxform._core.masks import MaskLike, Predicate, mask_of
+from gradxform._core.patterns import Key, Table, pattern_of
 from gradxform._core.rule import Array, Rule, RuleState, Step, stateless
-from gradxform._core.stages import Group, Groups, Stage, TreeStage
+from gradxform._core.stages import Group, Groups, Stage, shown_in
 from gradxform.numerics.arithmetic import no_update
 
 
 def by_path(
-    groups: Mapping[str | re.Pattern[str], optax.GradientTransformation | Mapping[str, Any]],
+    groups: Mapping[
+        str | re.Pattern[str] | Callable[[str, Any], bool], optax.GradientTransformation | Mapping[str, Any]
+    ],
     default: optax.GradientTransformation | None = None,
     *,
     joint_norm: bool = True,
@@ -33,18 +35,20 @@ def by_path(
     Args:
       groups: For each pattern one of
 
-        - a transformation, which sees the leaves of its group only;
+        - a transformation, which sees the leaves of its group only, and may be another `by_path` for them;
         - a dict of overrides: the default with other hyperparameters, by the names they have there, such as
           ``{"weight_decay": 0.0}`` or ``{"learning_rate": gx.times(0.1)}``;
         - `freeze`.
 
-        A pattern is a regular expression for the whole path, a string or compiled; `glob` makes one of wildcards.
+        A pattern is a regular expression for the whole path, a string or compiled; `glob` makes one of wildcards. A
+        function ``(path, leaf) -> bool`` may take its place, such as ``lambda path, leaf: leaf.ndim == 2``.
       default: The transformation of the leaves that no pattern matches; None if there must be no such leaf.
       joint_norm: Whether groups that clip by a norm over all leaves share one norm; False for a norm per group.
         Transformations of other libraries always take the norm of their own group.
 
     Returns:
-      A transformation with one state; hyperparameters of a group show as ``<pattern>/learning_rate``.
+      A transformation with one state; hyperparameters of a group show as ``<pattern>/learning_rate``, or after the
+      name of its function.
 
     Raises:
       TypeError, ValueError: if a group is none of these, an override names no hyperparameter of the default or is
@@ -71,8 +75,8 @@ def by_path(
     """
     if not is_a(groups, Mapping) or not groups:
         raise TypeError(f"groups must be a dict from patterns to transformations or overrides, got {groups!r}")
-    table = table_of("by_path", groups, has_default=default is not None)
-    base = () if default is None else _stages("default", default)
+    table = Table("by_path", tuple(map(_key, groups)), has_default=default is not None)
+    base = () if default is None else stages_of("default", default)
     members = [
         _overridden(name, value, base, default) if isinstance(value, Mapping) else own_group(name, value)
         for name, value in zip(table.names(), groups.values(), strict=True)
@@ -114,8 +118,8 @@ def _stay(update: Array, state: RuleState, param: Array | None, step: Step) -> t
 
 def own_group(name: str, value: Any) -> Group:
     """A group with a transformation of its own, whose hyperparameters show with the group's name before theirs."""
-    stages = _stages(f"the group {name!r}", value)
-    return Group(tuple(stage.shown_in(name) if isinstance(stage, Rule) else stage for stage in stages), value)
+    stages = stages_of(f"the group {name!r}", value)
+    return Group(shown_in(name, stages), value)
 
 
 def _overridden(name: str, changes: Mapping[str, Any], base: tuple[Stage, ...], default: Any) -> Group:
@@ -126,8 +130,8 @@ def _overridden(name: str, changes: Mapping[str, Any], base: tuple[Stage, ...], 
     known = {str(h.name): h for rule in rules for h in rule.hyperparameters}
     for key in changes:
         if key not in known:
-            wrapped = next((stage for stage in base if isinstance(stage, TreeStage)), None)
-            hint = f"; overrides do not reach into {wrapped!r}: wrap by_path in it" if wrapped else ""
+            whole = next((stage for stage in base if not isinstance(stage, Rule)), None)
+            hint = f"; overrides do not reach into {whole!r}: put by_path into it" if whole else ""
             raise ValueError(
                 f"the group {name!r} overrides {key!r}; the default has {', '.join(map(repr, known)) or 'none'}{hint}"
             )
@@ -135,8 +139,11 @@ def _overridden(name: str, changes: Mapping[str, Any], base: tuple[Stage, ...], 
     return Group(stages, dict(changes))
 
 
-def _stages(name: str, tx: Any) -> tuple[Stage, ...]:
-    stages = stages_of(name, tx)
-    if any(isinstance(stage, Groups) for stage in stages):
-        raise TypeError(f"{name} of by_path holds another by_path; put all patterns into one")
-    return stages
+def _key(given: Any) -> Key:
+    """What tells the leaves of a group: a path pattern, or a function of path and leaf."""
+    if isinstance(given, str | re.Pattern) or not callable(given):
+        return pattern_of("by_path", given)
+    key = mask_of(given)
+    if not isinstance(key, Predicate):
+        raise TypeError(f"by_path: {key!r} must be a function (path, leaf) -> bool, which is called for each leaf")
+    return key

@@ -129,6 +129,10 @@ class Hyperparameter:
             self._check(name, value)
         return Hyperparameter(value, self.within, name, self.group)
 
+    def inside(self, group: str) -> Hyperparameter:
+        """The same in a group, whose name goes before that of its own group, if it has one."""
+        return dataclasses.replace(self, group=group if self.group is None else f"{group}/{self.group}")
+
     def replaced(self, value: Any, group: str) -> Hyperparameter:
         """What `group` has in place of this: a hyperparameter of another value, or a multiple of this one."""
         if not isinstance(value, Times):

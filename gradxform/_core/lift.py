@@ -226,7 +226,7 @@ def _argument(rule: str, key: str, value: Any) -> Any:
     if isinstance(value, optax.GradientTransformation):
         stages = stages_of(key, value)
         for stage in stages:
-            if not isinstance(stage, Rule) or stage.joint or stage.freezes or stage.seed or stage.view:
+            if not isinstance(stage, Rule) or stage.gathers or stage.freezes or stage.seed or stage.view:
                 raise TypeError(
                     f"{key} of {rule} must be made of transformations that act on one array at a time; "
                     f"put {stage!r} beside {rule} in the chain"

@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+import optax
 
 from gradxform._core import trees
 from gradxform._core.differences import difference
+from gradxform._core.folding import listed
 from gradxform._core.patterns import Pattern, Table, compiled
 
 MaskLike: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | Callable[[Any], Any] | Any"
@@ -34,10 +36,19 @@ class Predicate:
 
     function: Callable[[str, Any], bool]
 
-    def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
-        return [self._ask(path, leaf) for path, leaf in zip(trees.paths(structure), leaves, strict=True)]
+    @property
+    def label(self) -> str:
+        """What a group of these leaves is called."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
 
-    def _ask(self, path: str, leaf: Any) -> bool:
+    def unmatched(self, who: str, paths: tuple[str, ...]) -> str:
+        """The message for a predicate that takes no leaf."""
+        return f"{who} {self!r} takes none of the leaves {listed(paths)}"
+
+    def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        return [self.takes(path, leaf) for path, leaf in zip(trees.paths(structure), leaves, strict=True)]
+
+    def takes(self, path: str, leaf: Any) -> bool:
         try:
             return _boolean(f"mask({path!r}, leaf)", self.function(path, leaf))
         except Exception as error:
@@ -113,14 +124,33 @@ def _name(function: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Members:
-    """Leaves in one of these groups of a table."""
+    """Leaves in one of these groups of a table, which sorts all leaves or those of a group of another table."""
 
-    table: Table
+    table: Table[Any]
     groups: frozenset[int]
+    within: Members | None = None
 
     def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
-        self.table.check(self.groups, leaves, structure)
-        return [group in self.groups for group in self.table(structure)]
+        if self.within is None:
+            self.table.check(self.groups, leaves, structure)
+            return [group in self.groups for group in self.table(structure, leaves)]
+        inside = self.within(params, leaves, structure)
+        alone = dataclasses.replace(self, within=None)
+        answers = iter(alone(*part_of(inside, leaves, structure)))
+        return [taken and next(answers) for taken in inside]
+
+    def inside(self, outer: Members) -> Members:
+        """The same, in a group of another table."""
+        return dataclasses.replace(self, within=outer if self.within is None else self.within.inside(outer))
+
+
+def part_of(taken: Sequence[bool], leaves: Sequence[Any], structure: Any) -> tuple[Any, list[Any], Any]:
+    """The tree of some of the leaves, with nothing in place of the others; these leaves, and its structure."""
+    part = structure.unflatten([leaf if take else _GONE for leaf, take in zip(leaves, taken, strict=True)])
+    return part, *jax.tree.flatten(part)
+
+
+_GONE = optax.MaskedNode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +165,42 @@ class Both:
         return [first and second for first, second in pairs]
 
 
-Mask: TypeAlias = Pattern | Predicate | BooleanTree | WholeTree | Members | Both
+@dataclasses.dataclass(frozen=True)
+class Either:
+    """Leaves that one of several masks chooses."""
+
+    masks: tuple[Mask, ...]
+
+    def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
+        return [any(each) for each in zip(*(mask(params, leaves, structure) for mask in self.masks), strict=True)]
+
+
+Mask: TypeAlias = Pattern | Predicate | BooleanTree | WholeTree | Members | Both | Either
+
+
+def own_part(mask: Mask | None) -> Mask | None:
+    """What a mask says besides the groups that its stage is in."""
+    if isinstance(mask, Members):
+        return None
+    if isinstance(mask, Both):
+        first, second = own_part(mask.first), own_part(mask.second)
+        return Both(first, second) if first and second else first or second
+    if isinstance(mask, Either):
+        return None if all(own_part(each) is None for each in mask.masks) else mask
+    return mask
+
+
+def inside(mask: Mask | None, outer: Members) -> Mask:
+    """The leaves of a mask that are in a group; tables in it sort the leaves of that group only."""
+    if mask is None:
+        return outer
+    if isinstance(mask, Members):
+        return mask.inside(outer)
+    if isinstance(mask, Both):
+        return Both(inside(mask.first, outer), inside(mask.second, outer))
+    if isinstance(mask, Either):
+        return Either(tuple(inside(each, outer) for each in mask.masks))
+    return Both(outer, mask)
 
 
 def mask_of(mask: MaskLike | None) -> Mask | None:

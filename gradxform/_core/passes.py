@@ -229,12 +229,12 @@ class RulePass:
             dtype: prepared(self.rules)(numerics.real_dtype(dtype), state.count, dynamic, extra)
             for dtype in sorted(dtypes, key=lambda dtype: -dtype.itemsize)
         }
-        if not first.joint:
+        if not first.gathers:
             return scalars, own, {}, {}
         memory = {name: getattr(state, field) for (name, _), field in zip(first.memory, self.memory, strict=True)}
         acts = [plan.rules[0] is not NOTHING for plan in plans]
         counted = [act and leaf.update is not None for act, leaf in zip(acts, leaves.leaves, strict=True)]
-        if not any(counted) and (first.measure is not None or first.totals is not None):
+        if first.measures and not any(counted):
             nothing = {name: jnp.zeros((), np.float32) for name in first.reports}
             return scalars, own, dict(zip(self.memory, memory.values(), strict=True)), nothing
         of_all: Mapping[str, Any] = {}

@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from gradxform._core import trees
 from gradxform._core.arguments import is_a
@@ -20,9 +20,17 @@ class Pattern:
 
     expression: re.Pattern[str]
 
+    @property
+    def label(self) -> str:
+        """What a group of these leaves is called."""
+        return self.expression.pattern
+
+    def takes(self, path: str, leaf: Any) -> bool:
+        return self.expression.fullmatch(path) is not None
+
     def __call__(self, params: Any, leaves: list[Any], structure: Any) -> list[bool]:
         paths = trees.paths(structure)
-        chosen = [self.expression.fullmatch(path) is not None for path in paths]
+        chosen = [self.takes(path, None) for path in paths]
         if paths and not any(chosen):
             raise ValueError(self.unmatched("mask", paths))
         return chosen
@@ -98,38 +106,73 @@ def glob(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(wild.get(part, re.escape(part)) for part in parts))
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Groups of leaves, one for each pattern: the leaves whose paths it matches.
+KeyT = TypeVar("KeyT", bound="Key", covariant=True)
 
-    If there is a default, the leaves that no pattern matches are one more group, the last.
+
+class Key(Protocol):
+    """What tells which leaves a group has: a path pattern, or a predicate."""
+
+    @property
+    def label(self) -> str: ...
+
+    def takes(self, path: str, leaf: Any) -> bool: ...
+
+    def unmatched(self, who: str, paths: tuple[str, ...]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Generic[KeyT]):
+    """Groups of leaves, one for each key: the leaves that it takes.
+
+    If there is a default, the leaves that no key takes are one more group, the last.
     """
 
     who: str
     """The function that the groups were given to, for messages."""
-    patterns: tuple[Pattern, ...]
+    keys: tuple[KeyT, ...]
     has_default: bool
     default: str = "default"
     """The name of the default group, and of the argument that says what it gets."""
 
-    def __call__(self, structure: Any) -> tuple[int, ...]:
-        """The group of each leaf; raises if a pattern matches no leaf, or a leaf has no group or two."""
-        return _groups(self, structure)
+    def __call__(self, structure: Any, leaves: Sequence[Any]) -> tuple[int, ...]:
+        """The group of each leaf; raises if a key takes no leaf, or a leaf has no group or two."""
+        if all(isinstance(key, Pattern) for key in self.keys):
+            return _groups_of_paths(self, structure)
+        return self.grouped(trees.paths(structure), leaves)
 
-    def matches(self, path: str) -> list[int]:
-        """The patterns that match a path, as indices."""
-        return [i for i, pattern in enumerate(self.patterns) if pattern.expression.fullmatch(path)]
+    def matches(self, path: str, leaf: Any) -> list[int]:
+        """The keys that take a leaf, as indices."""
+        return [i for i, key in enumerate(self.keys) if key.takes(path, leaf)]
+
+    def grouped(self, paths: tuple[str, ...], leaves: Sequence[Any]) -> tuple[int, ...]:
+        """The group of each leaf."""
+        groups: list[int] = []
+        for path, leaf in zip(paths, leaves, strict=True):
+            matches = self.matches(path, leaf)
+            if len(matches) > 1:
+                both = " and ".join(repr(self.keys[i]) for i in matches)
+                raise ValueError(f"{self.who}: {both} both match {path!r}; make the patterns exclude one another")
+            if not matches and not self.has_default:
+                shown = [*map(repr, self.keys[:6]), *(["…"] if len(self.keys) > 6 else [])]
+                raise ValueError(
+                    f"{self.who}: no pattern matches {path!r}, of {', '.join(shown)}; add one or give {self.default}="
+                )
+            groups.append(matches[0] if matches else len(self.keys))
+        for i, key in enumerate(self.keys):
+            if paths and i not in groups:
+                raise ValueError(key.unmatched(f"{self.who}: pattern", paths))
+        return tuple(groups)
 
     def check(self, groups: frozenset[int], leaves: list[Any], structure: Any) -> None:
         """Raise if a leaf of these groups is not what the table says of it; this table says nothing but paths."""
 
     def order(self) -> list[int]:
         """The order in which groups are named: the default first, so that a stage it shares has the default's name."""
-        groups = list(range(len(self.patterns)))
+        groups = list(range(len(self.keys)))
         return [len(groups), *groups] if self.has_default else groups
 
     def names(self) -> list[str]:
-        return [pattern.expression.pattern for pattern in self.patterns]
+        return [key.label for key in self.keys]
 
     def label(self, group: int) -> str:
         """What the group is called."""
@@ -137,32 +180,18 @@ class Table:
 
 
 @functools.lru_cache(maxsize=256)
-def _groups(table: Table, structure: Any) -> tuple[int, ...]:
+def _groups_of_paths(table: Table[Pattern], structure: Any) -> tuple[int, ...]:
     paths = trees.paths(structure)
-    groups = []
-    for path in paths:
-        matches = table.matches(path)
-        if len(matches) > 1:
-            both = " and ".join(repr(table.patterns[i]) for i in matches)
-            raise ValueError(f"{table.who}: {both} both match {path!r}; make the patterns exclude one another")
-        if not matches and not table.has_default:
-            shown = [*map(repr, table.patterns[:6]), *(["…"] if len(table.patterns) > 6 else [])]
-            raise ValueError(
-                f"{table.who}: no pattern matches {path!r}, of {', '.join(shown)}; add one or give {table.default}="
-            )
-        groups.append(matches[0] if matches else len(table.patterns))
-    for i, pattern in enumerate(table.patterns):
-        if paths and i not in groups:
-            raise ValueError(pattern.unmatched(f"{table.who}: pattern", paths))
-    return tuple(groups)
+    return table.grouped(paths, (None,) * len(paths))
 
 
-def table_of(who: str, patterns: Iterable[Any], has_default: bool) -> Table:
-    """The groups that `patterns` make."""
+def patterns_of(who: str, patterns: Iterable[Any]) -> tuple[Pattern, ...]:
+    """What users wrote as path patterns."""
+    return tuple(pattern_of(who, pattern) for pattern in patterns)
 
-    def checked(pattern: Any) -> Pattern:
-        if not isinstance(pattern, str | re.Pattern):
-            raise TypeError(f"{who}: a pattern must be a string or a compiled regular expression, got {pattern!r}")
-        return compiled(f"{who}: pattern", cast("str | re.Pattern[str]", pattern))
 
-    return Table(who, tuple(map(checked, patterns)), has_default)
+def pattern_of(who: str, pattern: Any) -> Pattern:
+    """What a user wrote as a path pattern."""
+    if not isinstance(pattern, str | re.Pattern):
+        raise TypeError(f"{who}: a pattern must be a string or a compiled regular expression, got {pattern!r}")
+    return compiled(f"{who}: pattern", cast("str | re.Pattern[str]", pattern))

@@ -172,9 +172,14 @@ class Rule:
         return any(inner.whole or inner.fits is not None for inner in self.parts)
 
     @property
-    def joint(self) -> bool:
-        """Whether it needs something of all leaves before it runs on any."""
+    def gathers(self) -> bool:
+        """Whether it computes something for all leaves before it runs on any."""
         return self.measure is not None or self.gather is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether it looks at all leaves before it runs on any."""
+        return self.measure is not None or self.totals is not None
 
     @functools.cached_property
     def by_shape(self) -> bool:
@@ -248,7 +253,7 @@ class Rule:
         """The rule with the name of its group before those of its hyperparameters."""
 
         def in_group(value: Any) -> Any:
-            return dataclasses.replace(value, group=group) if isinstance(value, Hyperparameter) else value
+            return value.inside(group) if isinstance(value, Hyperparameter) else value
 
         return self._mapped(lambda rule: rule.shown_in(group), in_group)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from gradxform._core.body import Body
 from gradxform._core.hyperparameters import Hyperparameter
-from gradxform._core.masks import Both, Mask, Members
+from gradxform._core.masks import Either, Mask, Members, inside, own_part, part_of
 from gradxform._core.patterns import Table
 from gradxform._core.rule import Rule
 
@@ -39,7 +39,7 @@ class Group:
 class Groups:
     """A stage that consists of other stages in each group of leaves."""
 
-    table: Table
+    table: Table[Any]
     groups: tuple[Group, ...]
     """In the order of the table; the default is last, if there is one."""
     joint: bool
@@ -55,10 +55,10 @@ class Groups:
         for turn in range(max(map(len, turns.values()))):
             now = [(stage, index) for index, runs in turns.items() if turn < len(runs) for stage in runs[turn]]
             merged = self._shared([(stage, index) for stage, index in now if not _measures(stage)])
-            merged += self._joined([(stage, index) for stage, index in now if _measures(stage)])
             for stage, indices in merged:
                 self._check_whole(stage, indices)
             sequence += [self._within(stage, *indices) for stage, indices in merged]
+            sequence += self._joined([(stage, index) for stage, index in now if _measures(stage)])
         return sequence
 
     def _check_whole(self, stage: Rule | TreeStage, indices: list[int]) -> None:
@@ -70,17 +70,21 @@ class Groups:
                 "other groups take norms as well; put by_path inside it, or say joint_norm=False"
             )
 
-    def _joined(self, stages: list[tuple[Rule | TreeStage, int]]) -> list[tuple[Rule | TreeStage, list[int]]]:
+    def _joined(self, stages: list[tuple[Rule | TreeStage, int]]) -> list[Rule | TreeStage]:
+        """The stages of one turn that measure: one for all groups, or one for each."""
         if not self.joint:
-            return [(stage, [index]) for stage, index in stages]
-        shared = self._shared(stages)
+            return [self._within(stage, index) for stage, index in stages]
+        shared = self._shared([(dataclasses.replace(stage, mask=own_part(stage.mask)), i) for stage, i in stages])
         if len(shared) > 1:
             (stage, [group, *_]), (other, [other_group, *_]), *_ = shared
             raise ValueError(
                 f"by_path: {stage!r} in {self.table.label(group)!r} and {other!r} in {self.table.label(other_group)!r} "
                 "need one norm over all leaves; give both the same numbers, or a norm per group with joint_norm=False"
             )
-        return shared
+        if all(stage.mask == own_part(stage.mask) for stage, _ in stages):
+            return [self._within(stage, *indices) for stage, indices in shared]
+        masks = [self._within(stage, index).mask for stage, index in stages]  # some are groups of groups
+        return [dataclasses.replace(stage, mask=Either(tuple(filter(None, masks)))) for stage, _ in shared]
 
     def _shared(self, stages: list[tuple[Rule | TreeStage, int]]) -> list[tuple[Rule | TreeStage, list[int]]]:
         """Each stage with the groups that share it: equal stages become one where that keeps every group's order."""
@@ -98,11 +102,28 @@ class Groups:
         return merged
 
     def _within(self, stage: Rule | TreeStage, *groups: int) -> Rule | TreeStage:
-        members = Members(self.table, frozenset(groups))
-        return dataclasses.replace(stage, mask=members if stage.mask is None else Both(members, stage.mask))
+        return dataclasses.replace(stage, mask=inside(stage.mask, Members(self.table, frozenset(groups))))
+
+    def shown_in(self, name: str) -> Groups:
+        """The same with the name of a group that they are in before those of their hyperparameters."""
+        groups = [dataclasses.replace(group, stages=shown_in(name, group.stages)) for group in self.groups]
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    def labels(self, leaves: Sequence[Any], structure: Any) -> list[str]:
+        """What the group of each leaf is called, and its group in that group."""
+        groups = self.table(structure, leaves)
+        labels = list(map(self.table.label, groups))
+        for index, group in enumerate(self.groups):
+            taken = [own == index for own in groups]
+            for stage in group.stages:
+                if isinstance(stage, Groups):
+                    _, part, within = part_of(taken, leaves, structure)
+                    inner = iter(stage.labels(part, within))
+                    labels = [f"{one}/{next(inner)}" if own else one for one, own in zip(labels, taken, strict=True)]
+        return labels
 
     def __repr__(self) -> str:
-        pairs = zip(self.table.patterns, self.groups, strict=False)
+        pairs = zip(self.table.keys, self.groups, strict=False)
         parts = [f"{{{', '.join(f'{pattern!r}: {group!r}' for pattern, group in pairs)}}}"]
         if self.table.has_default:
             parts.append(f"default={self.groups[-1]!r}")
@@ -117,6 +138,11 @@ Stage: TypeAlias = Rule | TreeStage | Groups
 def expanded(stages: Sequence[Stage]) -> list[Rule | TreeStage]:
     """The stages, with groups resolved into stages that act on some of the leaves."""
     return [flat for stage in stages for flat in (stage.expanded() if isinstance(stage, Groups) else [stage])]
+
+
+def shown_in(name: str, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Stages with the name of their group before those of their hyperparameters."""
+    return tuple([stage if isinstance(stage, TreeStage) else stage.shown_in(name) for stage in stages])
 
 
 def hyperparameters_of(stage: Stage) -> list[Hyperparameter]:
@@ -140,7 +166,7 @@ def _turns(stages: Sequence[Stage]) -> Iterator[list[Rule | TreeStage]]:
 
 def measures(stage: Rule | TreeStage) -> bool:
     """Whether a stage, or something in it, depends on all leaves at once."""
-    return stage.joint if isinstance(stage, Rule) else stage.body.measures
+    return stage.measures if isinstance(stage, Rule) else stage.body.measures
 
 
 def _measures(stage: Rule | TreeStage) -> bool:

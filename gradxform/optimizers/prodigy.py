@@ -17,11 +17,12 @@ from gradxform.numerics import clamp, largest_square, lerp, one_minus_power
 
 def prodigy(
     learning_rate: Numeric = 1.0,
-    betas: tuple[Numeric, Numeric] = (0.9, 0.999),
-    beta3: Numeric | None = None,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    b3: Numeric | None = None,
     eps: Numeric = 1e-8,
-    estim_lr0: Numeric = 1e-6,
-    estim_lr_coef: Numeric = 1.0,
+    d0: Numeric = 1e-6,
+    d_coef: Numeric = 1.0,
     weight_decay: Numeric = 0.0,
     safeguard_warmup: bool = False,
     *,
@@ -35,11 +36,11 @@ def prodigy(
 
     Args:
       learning_rate: α ≥ 0, which is multiplied by d; 1 times a schedule, such as a cosine with a short warmup.
-      betas: β₁ and β₂ in [0, 1).
-      beta3: β₃ in [0, 1), of the sums; default √β₂.
+      b1, b2: β₁ and β₂ in [0, 1).
+      b3: β₃ in [0, 1), of the sums; default √β₂.
       eps: ε ≥ 0.
-      estim_lr0: d₀ > 0, the first d, below any rate that could be right.
-      estim_lr_coef: c > 0, by which the estimate is multiplied; 0.5 or 2 where it settles too high or too low.
+      d0: d₀ > 0, the first d, below any rate that could be right.
+      d_coef: c > 0, by which the estimate is multiplied; 0.5 or 2 where it settles too high or too low.
       weight_decay: λ ≥ 0, of all parameters that take part.
       safeguard_warmup: Leave α̂ out of s, so that the small rates of a long warmup do not drive d up.
       axis_name: See `clip_by_global_norm`.
@@ -49,7 +50,7 @@ def prodigy(
       and ``progress`` (r).
 
     Raises:
-      TypeError, ValueError: if a number is out of its range, or β₃ is to be made of a β₂ that is no constant.
+      TypeError, ValueError: if a number is out of its range.
 
     References:
       Mishchenko & Defazio 2023, arXiv 2306.06101, algorithm 4.
@@ -65,11 +66,6 @@ def prodigy(
       >>> print(bool(jnp.abs(params).max() < 1), bool(state.distance > 0.1))
       True True
     """
-    b1, b2 = betas
-    if beta3 is None:
-        if not isinstance(b2, int | float):
-            raise TypeError("beta3 is by default the root of a constant β₂: give beta3=, or a number as betas[1]")
-        beta3 = float(b2) ** 0.5
     return lift(
         _start,
         _step,
@@ -81,12 +77,12 @@ def prodigy(
         needs_params=True,
         axis_name=axis_name,
         learning_rate=non_negative(learning_rate),
-        b1=fraction(b1, "b1"),
-        b2=fraction(b2, "b2"),
-        beta3=fraction(beta3),
+        b1=fraction(b1),
+        b2=fraction(b2),
+        b3=None if b3 is None else fraction(b3),
         eps=non_negative(eps),
-        estim_lr0=positive(estim_lr0),
-        estim_lr_coef=positive(estim_lr_coef),
+        d0=positive(d0),
+        d_coef=positive(d_coef),
         weight_decay=non_negative(weight_decay),
         safeguard_warmup=flag("safeguard_warmup", safeguard_warmup),
     )
@@ -99,28 +95,28 @@ def _start(param: Array) -> RuleState:
 
 def _rates(step: Step) -> dict[str, Any]:
     correction = jnp.sqrt(one_minus_power(step.b2, step.number)) / one_minus_power(step.b1, step.number)
-    return {"rate": step.learning_rate * correction}
+    return {"rate": step.learning_rate * correction, "forgets": jnp.sqrt(step.b2) if step.b3 is None else step.b3}
 
 
 def _weight(step: Step, distance: Array) -> Array:
     """What a gradient counts for in the sums."""
-    return distance * (1.0 if step.safeguard_warmup else step.rate) * distance / step.estim_lr0
+    return distance * (1.0 if step.safeguard_warmup else step.rate) * distance / step.d0
 
 
 def _totals(update: Array, state: RuleState, param: Array | None, step: Step) -> dict[str, Any]:
-    distance = jnp.maximum(step.distance, step.estim_lr0)
-    size = jnp.sum(jnp.abs(step.beta3 * state["gradient_sum"] + _weight(step, distance) * update))
+    distance = jnp.maximum(step.distance, step.d0)
+    size = jnp.sum(jnp.abs(step.forgets * state["gradient_sum"] + _weight(step, distance) * update))
     return {"progress": jnp.sum(update * (state["start"] - param)), "size": size}
 
 
 def _estimate(total: Any, step: Step) -> dict[str, Any]:
-    before = jnp.maximum(step.distance, step.estim_lr0)
-    progress = step.beta3 * step.progress + before * step.rate * before / step.estim_lr0 * total["progress"]
+    before = jnp.maximum(step.distance, step.d0)
+    progress = step.forgets * step.progress + before * step.rate * before / step.d0 * total["progress"]
     size = jnp.where(total["size"] > 0, total["size"], 1)
     return {
         "before": before,
         "progress": progress,
-        "distance": jnp.maximum(before, step.estim_lr_coef * progress / size),
+        "distance": jnp.maximum(before, step.d_coef * progress / size),
     }
 
 
@@ -133,7 +129,7 @@ def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> t
     new = {
         "mu": mu,
         "nu": nu,
-        "gradient_sum": step.beta3 * state["gradient_sum"] + _weight(step, step.before) * update,
+        "gradient_sum": step.forgets * state["gradient_sum"] + _weight(step, step.before) * update,
         "start": state["start"],
     }
     return -step.before * step.rate * direction, new

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradxform._core.arguments import count_of, flag, one_of, square_dtype
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric, positive
+from gradxform._core.hyperparameters import Numeric, non_negative, positive
 from gradxform._core.lift import lift
 from gradxform._core.rule import Array, RuleState, Slot, Step
 from gradxform.numerics import abs_squared, clamp, largest_square, lerp, real_dtype, zero_if_finite
@@ -37,7 +37,7 @@ def normalize_by_factored_rms(
       step_offset: Steps to leave out of t, a whole number ≥ 0, where a run goes on from another.
       min_dim_size_to_factor: Leaves are factored along two axes that both have at least this many elements; others keep
         v whole.
-      eps: ε > 0.
+      eps: ε ≥ 0; 0/0 is 0.
       factored: False keeps v whole for every leaf.
       axes: ``"largest"``, the two largest axes, as in optax; or ``"last"``, the last two, as in torch.
       state_dtype: Dtype of the states ``nu_row`` and ``nu_col``, which have the parameter's axes but one and are
@@ -71,7 +71,7 @@ def normalize_by_factored_rms(
         decay_rate=positive(decay_rate),
         step_offset=int(step_offset),
         min_dim_size_to_factor=size,
-        eps=positive(eps),
+        eps=non_negative(eps),
         factored=factored,
         axes=axes,
         state_dtype=square_dtype("state_dtype", state_dtype),
@@ -120,12 +120,17 @@ def _divide(update: Array, state: RuleState, param: Array | None, step: Step) ->
     squares = abs_squared(bounded) + step.eps + zero_if_finite(update)
     if "nu" in state:
         nu = step.keep("nu", lerp(state["nu"], squares, step.weight))
-        return bounded * jax.lax.rsqrt(nu), {"nu": nu}
+        return bounded * _inverse_root(nu), {"nu": nu}
     found = Factors(step.min_dim_size_to_factor, step.axes).axes_of(update.shape)
     assert found is not None
     rows, columns = found
     row = step.keep("nu_row", lerp(state["nu_row"], jnp.mean(squares, columns), step.weight))
     column = step.keep("nu_col", lerp(state["nu_col"], jnp.mean(squares, rows), step.weight))
     mean = jnp.mean(row, rows - (rows > columns), keepdims=True)
-    divided = bounded * jnp.expand_dims(jax.lax.rsqrt(row / mean), columns)
-    return divided * jnp.expand_dims(jax.lax.rsqrt(column), rows), {"nu_row": row, "nu_col": column}
+    divided = bounded * jnp.expand_dims(_inverse_root(row / jnp.where(mean > 0, mean, 1)), columns)
+    return divided * jnp.expand_dims(_inverse_root(column), rows), {"nu_row": row, "nu_col": column}
+
+
+def _inverse_root(x: Array) -> Array:
+    """1/√x, 0 for 0."""
+    return jnp.where(x == 0, 0, jax.lax.rsqrt(x))

@@ -21,7 +21,7 @@ from gradxform._core.call import Call, Report
 from gradxform._core.encoded import EncodedParam, decoded
 from gradxform._core.leaves import Leaves
 from gradxform._core.measures import bad_leaves, global_norm, leaf_norms, total
-from gradxform._core.patterns import Table, table_of
+from gradxform._core.patterns import Table, patterns_of
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import unless
 
@@ -87,9 +87,9 @@ def observe(
     """
     parts: Any = by
     if isinstance(by, Mapping):
-        parts = Parts(
-            tuple((str(name), table_of("by of observe", [pattern], has_default=True)) for name, pattern in by.items())
-        )
+        who = "by of observe"
+        tables = {str(name): Table(who, patterns_of(who, [key]), has_default=True) for name, key in by.items()}
+        parts = Parts(tuple(tables.items()))
     elif by not in (None, "leaf", "group"):
         raise TypeError(f"by must be 'leaf', 'group', a dict from names to patterns, or None, got {by!r}")
     body = body_of("tx of observe", tx)
@@ -103,7 +103,7 @@ class Parts:
     tables: tuple[tuple[str, Table], ...]
 
     def __repr__(self) -> str:
-        return f"{{{', '.join(f'{name!r}: {table.patterns[0]!r}' for name, table in self.tables)}}}"
+        return f"{{{', '.join(f'{name!r}: {table.keys[0]!r}' for name, table in self.tables)}}}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -171,7 +171,7 @@ class Observe(Wrapper):
         """For each part, by name, which of the leaves that count belong to it; the empty name has all of them."""
         parts: dict[str, list[bool]] = {}
         if isinstance(self.by, Parts):
-            parts = {name: [group == 0 for group in table(structure)] for name, table in self.by.tables}
+            parts = {name: [group == 0 for group in table(structure, [])] for name, table in self.by.tables}
         elif self.by == "leaf":
             paths = trees.paths(structure)
             parts = {path: [path == other for other in paths] for path in paths}

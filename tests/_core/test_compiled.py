@@ -105,6 +105,25 @@ def _counted(update, state, param, step):
     return step.factor * update, state
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        gx.identity(),
+        gx.freeze(),
+        gx.observe(gx.identity(), of="gradient"),
+        gx.by_path({"l0": gx.sgd(0.1)}, default=gx.identity()),
+    ],
+    ids=repr,
+)
+def test_leaves_on_which_nothing_acts_add_nothing_to_a_step(tx):
+    def equations(number: int) -> int:
+        params = {f"l{i}": jnp.ones((2, 2)) for i in range(number)}
+        traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+        return len(traced.eqns) - (2 * number if tx == gx.freeze() else 0)  # −0 like each leaf
+
+    assert equations(20) == equations(5)
+
+
 def test_a_rule_built_anew_is_not_traced_anew():
     TRACED_RULES.clear()
     for _ in range(3):

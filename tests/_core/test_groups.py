@@ -636,7 +636,7 @@ def adamw() -> gx.Transformation:
         (
             lambda: gx.by_path({"a": {"b1": 0.5}}, gx.accumulate(adamw(), every=2)),
             ValueError,
-            r"overrides do not reach into accumulate\(.*: wrap by_path in it",
+            r"overrides do not reach into accumulate\(.*: put by_path into it",
         ),
         (lambda: gx.by_path({"a": {"b1": 0.5}}, optax.adam(0.1)), ValueError, r"do not reach into optax.chain\(…\)"),
         (lambda: gx.by_path({"a": {"b1": 1.5}}, adamw()), ValueError, r"b1 must be in \[0, 1\), got 1.5"),
@@ -644,8 +644,8 @@ def adamw() -> gx.Transformation:
         (lambda: gx.by_path({"a": {"b1": gx.live(2)}}, adamw()), ValueError, r"b1 must be in \[0, 1\), got 2"),
         (lambda: gx.by_path({"a": {"b1": "0.5"}}, adamw()), TypeError, "b1 must be a real number"),
         (lambda: gx.by_path({"a": {"b1": gx.freeze()}}, adamw()), TypeError, "b1 must be a real number"),
-        (lambda: gx.by_path({"a": gx.by_path({"b": adamw()})}), TypeError, "the group 'a' of by_path holds another"),
-        (lambda: gx.by_path({"a": adamw()}, gx.by_path({"b": adamw()})), TypeError, "default of by_path holds another"),
+        (lambda: gx.by_path({lambda params: True: adamw()}), TypeError, "must be a function .path, leaf. -> bool"),
+        (lambda: gx.by_path({3: adamw()}), TypeError, "a pattern must be a string"),
         (lambda: gx.times(-1), ValueError, r"factor must be in \[0, inf\), got -1"),
         (lambda: gx.times("half"), TypeError, "factor must be a real number"),
         (lambda: gx.times(jnp.float32(1)), TypeError, "factor must be a number; for one that changes, give the group"),
@@ -918,6 +918,95 @@ def test_trees_without_leaves():
         tx = gx.by_path({"embed": gx.freeze()}, default=gx.adam(0.1))
         updates, _ = tx.update(nothing, tx.init(nothing), nothing)
         assert updates == nothing
+
+
+# Functions as keys, and groups of groups
+
+
+def is_matrix(path: str, leaf: Any) -> bool:
+    return leaf.ndim == 2
+
+
+def test_a_function_of_path_and_leaf_is_a_key():
+    one, other = gx.adamw(0.1), gx.sgd(0.2, momentum=0.9)
+    tx = gx.by_path({is_matrix: one}, default=other)
+    assert_each_alone(tx, {path: one if leaf.ndim == 2 else other for path, leaf in leaves(PARAMS).items()})
+    assert tx == gx.by_path({is_matrix: one}, default=other)
+    assert repr(tx).startswith("by_path({test_groups.is_matrix: ") or "is_matrix: " in repr(tx)
+    live = gx.by_path({is_matrix: {"learning_rate": gx.live(0.5)}}, default=gx.sgd(0.1))
+    assert shown(live.init(PARAMS)) == {"is_matrix/learning_rate": 0.5}
+
+
+def test_a_function_that_takes_no_leaf_or_what_another_key_takes_is_named():
+    with pytest.raises(ValueError, match=r"by_path: pattern .*is_matrix takes none of the leaves"):
+        gx.by_path({is_matrix: gx.sgd(0.1)}, default=gx.sgd(0.1)).init({"bias": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="both match 'embed'"):
+        gx.by_path({is_matrix: gx.sgd(0.1), "embed": gx.sgd(0.2)}, default=gx.sgd(0.1)).init(PARAMS)
+
+
+def test_the_function_sees_the_leaf_of_each_step():
+    tx = gx.by_path({is_matrix: gx.sgd(1.0)}, default=gx.sgd(2.0))
+    for params in ({"w": jnp.ones((2, 2)), "v": jnp.ones(2)}, {"w": jnp.ones(2), "v": jnp.ones((2, 2))}):
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        assert {name: float(-leaf.ravel()[0]) for name, leaf in updates.items()} == {
+            name: 1.0 if leaf.ndim == 2 else 2.0 for name, leaf in params.items()
+        }
+
+
+def test_groups_of_groups_train_each_leaf_as_alone():
+    kernels, rest, other, embed = gx.adamw(0.1), gx.sgd(0.3), gx.momentum(0.2), gx.adam(0.05)
+    inner = gx.by_path({".*kernel": kernels}, default=rest)
+    tx = gx.by_path({"layers/.*": inner, "embed": embed}, default=other)
+    expected = dict.fromkeys(PATHS, other) | {"embed": embed}
+    expected |= {path: kernels if "kernel" in path else rest for path in PATHS if path.startswith("layers")}
+    assert_each_alone(tx, expected)
+    assert_same(train(pickle.loads(pickle.dumps(tx)), PARAMS, GRADS), train(tx, PARAMS, GRADS))
+
+
+def test_groups_of_groups_may_be_three_deep_and_the_default():
+    deep = gx.by_path({".*bias": gx.sgd(0.3)}, default=gx.by_path({"layers/0/.*": gx.sgd(0.2)}, default=gx.sgd(0.1)))
+    tx = gx.by_path({"embed": gx.sgd(0.5)}, default=deep)
+    rates = dict.fromkeys(PATHS, 0.1) | {"embed": 0.5, "layers/0/kernel": 0.2}
+    rates |= {path: 0.3 for path in PATHS if path.endswith("bias")}
+    assert_each_alone(tx, {path: gx.sgd(rate) for path, rate in rates.items()})
+
+
+def test_an_inner_pattern_is_asked_of_its_own_group_only():
+    inner = gx.by_path({"embed": gx.sgd(0.1)}, default=gx.sgd(0.2))
+    with pytest.raises(ValueError, match="by_path: pattern 'embed' matches none of the paths layers/"):
+        gx.by_path({"layers/.*": inner}, default=gx.sgd(0.3)).init(PARAMS)
+
+
+def test_all_groups_of_groups_share_one_norm():
+    clip, rates = gx.clip_by_global_norm(0.5), {"layers/0/kernel": 0.1, "layers/1/kernel": 0.1}
+    inner = gx.by_path({".*kernel": gx.chain(clip, gx.sgd(0.1))}, default=gx.chain(clip, gx.sgd(0.2)))
+    tx = gx.by_path({"layers/.*": inner}, default=gx.chain(clip, gx.sgd(0.3)))
+    rates |= {path: 0.3 for path in PATHS if not path.startswith("layers")}
+    clipped, _ = clip.update(GRADS[0], clip.init(PARAMS), PARAMS)
+    updates, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+    for path, update in leaves(updates).items():
+        np.testing.assert_allclose(update, -rates.get(path, 0.2) * leaves(clipped)[path], rtol=1e-6)
+
+
+def test_hyperparameters_in_groups_of_groups_show_both_names_and_can_be_set():
+    inner = gx.by_path({".*kernel": gx.sgd(gx.live(0.1))}, default=gx.sgd(0.2))
+    tx = gx.by_path({"layers/.*": inner}, default=gx.sgd(gx.live(0.3)))
+    state = tx.init(PARAMS)
+    assert shown(state) == pytest.approx({"learning_rate": 0.3, "layers/.*/.*kernel/learning_rate": 0.1})
+    state = gx.set_hyperparams(state, {"layers/.*/.*kernel/learning_rate": 1.0})
+    updates, _ = tx.update(GRADS[0], state, PARAMS)
+    np.testing.assert_allclose(leaves(updates)["layers/0/kernel"], -leaves(GRADS[0])["layers/0/kernel"])
+    with pytest.raises(ValueError, match=r"overrides do not reach into by_path\(.*: put by_path into it"):
+        gx.by_path({"head/.*": {"learning_rate": 0.0}}, default=gx.by_path({"embed": gx.sgd(0.1)}, gx.sgd(0.2)))
+
+
+def test_describe_names_the_group_and_the_group_in_it():
+    inner = gx.by_path({".*kernel": gx.sgd(0.1)}, default=gx.sgd(0.2))
+    description = gx.describe(gx.by_path({"layers/.*": inner}, default=gx.sgd(0.3)), PARAMS, show=False)
+    assert {leaf.path: leaf.group for leaf in description.leaves if leaf.path.startswith("layers/0")} == {
+        "layers/0/bias": "layers/.*/default",
+        "layers/0/kernel": "layers/.*/.*kernel",
+    }
 
 
 # Globs

@@ -180,12 +180,12 @@ def by_path(groups: Any, default: Any = ADAMW, **options: Any) -> Any:
     override_in_wrapper=(
         by_path({"w": {"weight_decay": 0.0}}, gx.accumulate(ADAMW, 2)),
         ValueError,
-        "'weight_decay' & accumulate & wrap by_path",
+        "'weight_decay' & accumulate & put by_path into it",
     ),
     override_out_of_range=(by_path({"w": {"weight_decay": -1.0}}), ValueError, "weight_decay & [0, inf) & -1.0"),
     override_of_type=(by_path({"w": {"b1": "0.9"}}), TypeError, "b1 & '0.9'"),
     override_scaled_too_far=(by_path({"w": {"b2": gx.times(2.0)}}), ValueError, "b2 & [0, 1) & 1.998"),
-    nested=(by_path({"w": gx.by_path({"w": ADAMW})}), TypeError, "another by_path"),
+    no_predicate=(by_path({print: ADAMW}), TypeError, "print & path, leaf"),
     joint_norm_number=(by_path({"w": ADAMW}, joint_norm=1), TypeError, "joint_norm & 1"),
     two_bounds=(
         by_path({"w": gx.clip_by_global_norm(1.0), "b": gx.clip_by_global_norm(2.0)}, None),

@@ -17,7 +17,7 @@ from gradxform._core.chain import chain_of
 from gradxform._core.folding import listed
 from gradxform._core.groups import own_group
 from gradxform._core.lift import stages_of
-from gradxform._core.patterns import Table, table_of
+from gradxform._core.patterns import Pattern, Table, patterns_of
 from gradxform._core.stages import Group, Groups
 from gradxform.optimizers.matrix.hidden import names_of_ends, shape_of_an_end
 from gradxform.optimizers.matrix.layouts import Layout, layout_of
@@ -39,7 +39,7 @@ def by_layout(
     if not is_a(matrices, Mapping) or not matrices:
         raise TypeError(f"matrices must be a pattern or a dict from patterns to layouts, got {matrices!r}")
     layouts = tuple(layout_of(layout) for layout in matrices.values())
-    table = MatrixTable(who, table_of(who, matrices, False).patterns, other is not None, "other", layouts)
+    table = MatrixTable(who, patterns_of(who, matrices), other is not None, "other", layouts)
     chains = [on(layout.text) for layout in layouts]
     members = [Group(stages_of(who, chain), chain) for chain in chains]
     if other is not None:
@@ -50,22 +50,22 @@ def by_layout(
 
 
 @dataclasses.dataclass(frozen=True)
-class MatrixTable(Table):
+class MatrixTable(Table[Pattern]):
     """Groups of leaves that are matrices; a pattern that is a leaf's whole path goes before one with wildcards."""
 
     layouts: tuple[Layout, ...] = ()
     told: set[Any] = dataclasses.field(default_factory=set[Any], compare=False, repr=False)
     """What was logged of this table, so that it is logged once."""
 
-    def matches(self, path: str) -> list[int]:
-        exact = [i for i in range(len(self.patterns)) if self._names_whole(i, path)]
-        return exact or super().matches(path)
+    def matches(self, path: str, leaf: Any) -> list[int]:
+        exact = [i for i in range(len(self.keys)) if self._names_whole(i, path)]
+        return exact or super().matches(path, leaf)
 
     def check(self, groups: frozenset[int], leaves: list[Any], structure: Any) -> None:
         """Raise if a leaf does not have its layout, or if a wildcard takes what looks like an embedding or a head."""
         paths = trees.paths(structure)
         by_wildcard: dict[int, list[str]] = {}
-        for path, end, leaf, group in zip(paths, names_of_ends(paths), leaves, self(structure), strict=True):
+        for path, end, leaf, group in zip(paths, names_of_ends(paths), leaves, self(structure, leaves), strict=True):
             if group not in groups or group >= len(self.layouts):
                 continue
             shape, dtype = trees.aval(leaf)
@@ -87,7 +87,7 @@ class MatrixTable(Table):
             reason = f"shape ({thin[0]}×{thin[1]})"
         if reason:
             raise ValueError(
-                f"{self.who}: {self.patterns[group]!r} takes {path!r}, by its {reason} an embedding or a head, which "
+                f"{self.who}: {self.keys[group]!r} takes {path!r}, by its {reason} an embedding or a head, which "
                 "are no hidden matrices; write the whole path in matrices if you mean it, or let the pattern pass it "
                 "over, so that other= takes it"
             )
@@ -97,7 +97,7 @@ class MatrixTable(Table):
         if (group, matched) not in self.told:
             self.told.add((group, matched))
             where = listed(matched)
-            _LOG.info("%s: %r takes %d of %d leaves: %s", self.who, self.patterns[group], len(matched), number, where)
+            _LOG.info("%s: %r takes %d of %d leaves: %s", self.who, self.keys[group], len(matched), number, where)
 
     def order(self) -> list[int]:
         """The matrices first, so that the numbered names are those of `other`."""
@@ -108,4 +108,4 @@ class MatrixTable(Table):
         return f"{name} ({self.who}, {self.layouts[group].text})" if group < len(self.layouts) else name
 
     def _names_whole(self, pattern: int, path: str) -> bool:
-        return self.patterns[pattern].expression.pattern in (path, re.escape(path))
+        return self.keys[pattern].expression.pattern in (path, re.escape(path))

@@ -478,7 +478,6 @@ def test_any_transformation_takes_the_others():
         ({"(": "in out"}, gx.sgd(0.1), ValueError, "muon: pattern .* no regular expression"),
         ({"a": 2}, gx.sgd(0.1), TypeError, "layout must be a string"),
         (".*kernel", "adam", TypeError, "the group 'other' must be a transformation"),
-        (".*kernel", gx.by_path({"a": gx.sgd(0.1)}), TypeError, "holds another by_path"),
     ],
     ids=str,
 )
