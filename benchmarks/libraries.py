@@ -41,6 +41,13 @@ def in_step(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, An
     return gx.step(tx, grads, state, params)
 
 
+def with_value(tx: Optimizer, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """The same for optimizers that read the loss, which is 1 here."""
+    updates, state = tx.update(grads, state, params, value=jnp.float32(1.0))
+    apply = gx.apply_updates if isinstance(tx, gx.Transformation) else optax.apply_updates
+    return apply(params, updates), state
+
+
 def each_once(optimizers: list[Optimizer], grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     """The first update of each of several optimizers, from states of their own."""
     return [tx.update(grads, tx.init(params), params) for tx in optimizers], state
@@ -210,6 +217,28 @@ class TorchRun:
             name: {key: thinned(value.detach()).cpu().numpy() for key, value in tree.items()}
             for name, tree in trees.items()
         }
+
+
+class TorchSoapRun(TorchRun):
+    """Steps of the SOAP of pytorch_optimizer, which renews its bases in every tenth."""
+
+    calls = 10
+
+    def __init__(self, numbers: dict[str, Any], params: Tree, grads: Tree) -> None:
+        import pytorch_optimizer  # pyright: ignore[reportMissingImports] (it is installed with torch, or not at all)
+
+        super().__init__("pytorch_optimizer", {}, False, params, grads)
+        every = list(self._params.values())
+        self._optimizer = pytorch_optimizer.SOAP(every, **numbers, weight_decay=0.0)
+
+    def result(self) -> dict[str, Tree]:
+        """Where `params` are now."""
+        return {"params": {key: thinned(value.detach()).cpu().numpy() for key, value in self._params.items()}}
+
+
+def has_soap() -> bool:
+    """Whether pytorch_optimizer is installed, beside torch."""
+    return has_torch() and importlib.util.find_spec("pytorch_optimizer") is not None
 
 
 def free() -> None:

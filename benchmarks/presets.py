@@ -23,6 +23,8 @@ class Preset:
     """Numbers of matrices, with their rows and columns."""
     muon_forms: tuple[str, ...]
     """Muon beside its default, of `rows.MUON_FORMS`."""
+    soap: tuple[int, int, int]
+    """Matrices of SOAP: their number, rows and columns."""
     sweep: int
     """Optimizers whose first steps are taken without `jit`, one after the other."""
     rounds: int
@@ -45,6 +47,7 @@ class Preset:
             thousand=4,
             matrix=64,
             muon=((3, 8, 8), (2, 16, 16), (2, 16, 64))[: len(self.muon)],
+            soap=(2, 16, 8),
             sweep=2,
             rounds=2,
             repeats=1,
@@ -67,6 +70,8 @@ PRESETS = {
             "norm",
             "dispatch",
             "Muon",
+            "optimizers",
+            "SOAP",
             "import",
         ),
         leaf=1 << 26,
@@ -75,6 +80,7 @@ PRESETS = {
         matrix=1024,
         muon=((100, 64, 64), (48, 512, 512), (12, 512, 2048)),
         muon_forms=("gram",),
+        soap=(8, 256, 512),
         sweep=20,
         rounds=21,
         repeats=7,
@@ -93,7 +99,9 @@ PRESETS = {
             "bfloat16 parameters",
             "pairs",
             "Muon",
+            "optimizers",
             "dispatch",
+            "SOAP",
             "sweep",
         ),
         leaf=1 << 28,
@@ -102,6 +110,7 @@ PRESETS = {
         matrix=1024,
         muon=((48, 128, 128), (24, 512, 512), (12, 1024, 4096)),
         muon_forms=("batched", "one by one", "bfloat16", "gram"),
+        soap=(12, 1024, 1024),
         sweep=20,
         rounds=9,
         repeats=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -35,7 +36,9 @@ from libraries import (
     OUR_CLIPPED,
     Contender,
     Optimizer,
+    TorchSoapRun,
     each_once,
+    has_soap,
     in_step,
     optax_clipped,
     optax_norm,
@@ -44,6 +47,7 @@ from libraries import (
     state_only,
     update_and_apply,
     update_only,
+    with_value,
 )
 from presets import Preset
 from workloads import Shapes, equal_leaves, gpt2_like, small_leaves
@@ -361,6 +365,61 @@ def muon(count: int, rows: int, columns: int, forms: tuple[str, ...] = ()) -> Ca
     )
 
 
+OPTIMIZERS: dict[str, tuple[Callable[[], Optimizer], Callable[[], Optimizer]]] = {
+    "lion": (lambda: optax.lion(1e-3), lambda: gx.lion(1e-3)),
+    "nadam": (lambda: optax.nadam(1e-3), lambda: gx.nadam(1e-3)),
+    "adafactor": (lambda: optax.adafactor(1e-3), lambda: gx.adafactor(1e-3)),
+    "noisy_sgd": (lambda: optax.noisy_sgd(1e-3, key=0), lambda: gx.noisy_sgd(1e-3)),
+    "polyak_sgd": (optax.polyak_sgd, lambda: gx.polyak_sgd()),
+    "prodigy": (optax.contrib.prodigy, lambda: gx.prodigy()),
+    "schedule_free_sgd": (lambda: optax.contrib.schedule_free_sgd(0.1), lambda: gx.schedule_free_sgd(0.1)),
+    "schedule_free_adamw": (lambda: optax.contrib.schedule_free_adamw(), lambda: gx.schedule_free_adamw()),
+    "lbfgs": (lambda: optax.lbfgs(0.1, 5, linesearch=None), lambda: gx.lbfgs(0.1, 5)),
+}
+"""optax's and this library's, with the same numbers."""
+
+
+def optimizers(preset: Preset) -> list[Case]:
+    """One row for each further optimizer that optax has as well."""
+    found = []
+    for name, (theirs, ours) in OPTIMIZERS.items():
+        where, shapes = transformer(preset)
+        if name == "lbfgs":  # which keeps 12 numbers per parameter
+            where, shapes = f"8 matrices {preset.matrix}×{preset.matrix}", equal_leaves(8, preset.matrix, preset.matrix)
+        advance = with_value if name == "polyak_sgd" else update_and_apply
+        contenders = (Contender("optax", theirs, advance), Contender("gradxform", ours, advance, parts=("optax",)))
+        goals = (Goal(STEP, 1.05), Goal(ABOVE, TINY, "gradxform", None), Goal(COPIES, 0, "gradxform", None))
+        checked = 0 if name == "noisy_sgd" else 3  # each draws numbers of its own
+        case = Case(f"{name}, {where}", shapes, contenders, goals, checked=checked, elementwise=False)
+        found.append(dataclasses.replace(case, moments_within=None))
+    return found
+
+
+def soap(count: int, rows: int, columns: int) -> Case:
+    """SOAP, which optax has not; every tenth step renews the bases."""
+    numbers = {"lr": 1e-3, "betas": (0.9, 0.99), "precondition_frequency": 10}
+    outsider = functools.partial(TorchSoapRun, numbers)
+
+    def ours(**options: bool) -> gx.Transformation:
+        return gx.soap(1e-3, 0.9, 0.99, weight_decay=0.0, **options)
+
+    return Case(
+        f"SOAP, {count} matrices {rows}×{columns}",
+        equal_leaves(count, rows, columns),
+        (
+            Contender("gradxform", ours, calls=10),
+            Contender("gradxform, kl", lambda: ours(kl=True), calls=10, within=math.inf),
+        ),
+        (Goal(COPIES, 0, "gradxform", None),),
+        (outsider,) if has_soap() else (),
+        rounds=5,
+        checked=10,
+        params_within=2e-2,
+        elementwise=False,
+        moments_within=None,
+    )
+
+
 def imports() -> Case:
     """What ``import`` costs."""
     goals = (Goal(IMPORT, 1.1),)
@@ -379,6 +438,8 @@ ROWS: dict[str, Callable[[Preset], list[Case]]] = {
     "build": builds,
     "norm": lambda preset: norms(small_leaves(2 * preset.thousand)),
     "dispatch": lambda preset: [dispatch(equal_leaves(2 * preset.thousand, 1024))],
+    "optimizers": optimizers,
+    "SOAP": lambda preset: [soap(*preset.soap)],
     "Muon": lambda preset: [muon(*form, forms=preset.muon_forms) for form in preset.muon],
     "import": lambda preset: [imports()],
 }

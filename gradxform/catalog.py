@@ -273,7 +273,7 @@ OPTIMIZERS = (
         composition={
             "adafactor(α, 3)": (
                 "chain(normalize_by_factored_rms(min_dim_size_to_factor=3), clip_by_leaf_rms(1.0), "
-                'scale(finite(α, "learning_rate")), scale_by_param_rms(), scale(-1.0))'
+                "scale(α), scale_by_param_rms(), scale(-1.0))"
             )
         },
         optax={
@@ -283,12 +283,7 @@ OPTIMIZERS = (
                 "adafactor(α, 2, c, momentum=β, weight_decay_rate=λ, clipping_threshold=c)"
             ),
         },
-        torch={
-            'chain(normalize_by_factored_rms(min_dim_size_to_factor=1, axes="last"), clip_by_leaf_rms(1.0), '
-            "scale_by_param_rms(), scale_by_schedule(lambda count: min(α, (count + 1.0) ** -0.5)), scale(-1.0))": (
-                "optim.Adafactor(lr=α, weight_decay=0.0)"
-            )
-        },
+        torch="torch's Adafactor factors the last two axes of any size, and has the rate min(α, 1/√t); see `adafactor`",
         paper="Shazeer & Stern 2018, arXiv 1804.04235, algorithms 4 and 5",
     ),
     Entry(
@@ -297,7 +292,9 @@ OPTIMIZERS = (
         examples=("prodigy(1.0)", "prodigy(1.0, weight_decay=λ, safeguard_warmup=True)"),
         sees="tree",
         optax={
-            "prodigy(c, β, γ, eps=ε, weight_decay=λ)": "contrib.prodigy(c, (β, γ), eps=ε, weight_decay=λ)",
+            "prodigy(c, β, γ, eps=ε, d0=α, weight_decay=λ)": (
+                "contrib.prodigy(c, (β, γ), eps=ε, estim_lr0=α, weight_decay=λ)"
+            ),
             "prodigy(safeguard_warmup=True, d0=c)": "contrib.prodigy(safeguard_warmup=True, estim_lr0=c)",
         },
         torch="torch has no Prodigy; prodigyopt is by its authors",

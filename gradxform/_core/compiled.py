@@ -203,7 +203,7 @@ def _narrow(dtype: np.dtype[Any] | None) -> bool:
 def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
     """``step_scalars(dtype, count, dynamic)``: what is the same for all leaves whose arithmetic has this real dtype."""
 
-    narrow = any(_narrow(inner.state_dtype) or inner.by_shape for rule in rules for inner in rule.parts)
+    narrow = by_shape(rules) or any(_narrow(inner.state_dtype) for rule in rules for inner in rule.parts)
 
     @functools.partial(jax.jit, static_argnums=0)
     def step_scalars(dtype: Any, count: Any, dynamic: Mapping[str, Any], extra: Mapping[str, Any]) -> Scalars:
@@ -317,9 +317,15 @@ def in_dtype(dtype: Any, numbers: Any) -> Any:
 
 def slot_structure(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: Any) -> Any:
     """The tree of the arrays that `rules` keep for a leaf."""
-    if any(rule.by_shape for rule in rules):
+    if by_shape(rules):
         return _slot_structure(rules, shape, trees.compute_dtype(dtype))
     return _any_structure(rules)
+
+
+@functools.lru_cache(maxsize=4096)
+def by_shape(rules: tuple[Rule, ...]) -> bool:
+    """Whether the names of what `rules` keep depend on the shape of the leaf."""
+    return any(part.slots is not None for rule in rules for part in rule.parts)
 
 
 @functools.lru_cache(maxsize=65536)

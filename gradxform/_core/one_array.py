@@ -206,6 +206,8 @@ def _check_slot(rule: Rule, name: str, slot: Slot) -> None:
         raise ValueError(f"init of {rule.name} gives {name!r}, which is not one of slots={rule.slots}")
     if not hasattr(slot.array, "shape"):
         raise TypeError(f"init of {rule.name} gives {type(slot.array).__name__} for {name!r}, not an array")
+    if slot.dtype is not None and rule.slots is None:
+        raise ValueError(f"init of {rule.name} gives {name!r} a dtype of its own: name all that it keeps, slots=(…)")
     if slot.axes is not None and len(slot.axes) != len(slot.array.shape):
         raise ValueError(f"axes of {name!r} in {rule.name} must tell of {len(slot.array.shape)} axes, got {slot.axes}")
 

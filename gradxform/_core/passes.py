@@ -18,6 +18,7 @@ from gradxform._core.body import Foreign
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import (
     Ending,
+    by_shape,
     gathered,
     in_dtype,
     on_batch,
@@ -278,7 +279,7 @@ _LARGEST_BATCHED = 1 << 20
 def _initial_slots(rules: tuple[Rule, ...], leaf: Any, name: str) -> list[Any]:
     """The state of one leaf: no array twice, nor the parameter, for a step that donates must get no buffer twice."""
     wide = widened(leaf)
-    if any(rule.by_shape for rule in rules) and meshes.divided_by_type(wide):
+    if by_shape(rules) and meshes.divided_by_type(wide):
         facts = slot_facts(rules, leaf.shape, trees.dtype_of(leaf))
         specs = [meshes.spec_along(leaf, fact.axes, fact.array.shape, name) for fact in facts]
         arrays = meshes.partitioned(lambda x: [s.array for s in slots_in(one_array.slots(rules, x))], specs, wide)

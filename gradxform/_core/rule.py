@@ -61,7 +61,7 @@ class Slot:
     """``"signed"``, ``"non_negative"`` or ``"kept"``: a moment of either sign, one that is never negative, or what must
     stay exact; `quantize_state` asks. Default: what its name means, such as ``mu``, else unknown."""
     dtype: Any = None
-    """A dtype of its own; default the rule's ``state_dtype``."""
+    """A dtype of its own, in a rule that names its ``slots``; default the rule's ``state_dtype``."""
 
 
 class Step(types.SimpleNamespace):
@@ -180,11 +180,6 @@ class Rule:
     def measures(self) -> bool:
         """Whether it looks at all leaves before it runs on any."""
         return self.measure is not None or self.totals is not None
-
-    @functools.cached_property
-    def by_shape(self) -> bool:
-        """Whether the names of what it keeps depend on the shape of the leaf."""
-        return any(part.slots is not None for part in self.parts)
 
     @functools.cached_property
     def branches(self) -> list[tuple[str, tuple[Rule, ...]]]:

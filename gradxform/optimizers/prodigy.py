@@ -12,7 +12,7 @@ from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, fraction, non_negative, positive
 from gradxform._core.lift import lift
 from gradxform._core.rule import Array, RuleState, Step
-from gradxform.numerics import clamp, largest_square, lerp, one_minus_power
+from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, zero_if_finite
 
 
 def prodigy(
@@ -89,8 +89,8 @@ def prodigy(
 
 
 def _start(param: Array) -> RuleState:
-    zeros = {name: jnp.zeros_like(param) for name in ("mu", "nu", "gradient_sum")}
-    return {**zeros, "start": param}
+    zeros = {name: jnp.zeros_like(param) for name in ("mu", "gradient_sum")}
+    return {**zeros, "nu": jnp.zeros_like(param, dtype=real_dtype(param.dtype)), "start": param}
 
 
 def _rates(step: Step) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def _weight(step: Step, distance: Array) -> Array:
 
 
 def _totals(update: Array, state: RuleState, param: Array | None, step: Step) -> dict[str, Any]:
-    distance = jnp.maximum(step.distance, step.d0)
-    size = jnp.sum(jnp.abs(step.forgets * state["gradient_sum"] + _weight(step, distance) * update))
-    return {"progress": jnp.sum(update * (state["start"] - param)), "size": size}
+    distance, bounded = jnp.maximum(step.distance, step.d0), clamp(update, largest_square(update.dtype))
+    size = jnp.sum(jnp.abs(step.forgets * state["gradient_sum"] + _weight(step, distance) * bounded))
+    return {"progress": jnp.sum((bounded.conj() * (state["start"] - param)).real), "size": size}
 
 
 def _estimate(total: Any, step: Step) -> dict[str, Any]:
@@ -122,14 +122,17 @@ def _estimate(total: Any, step: Step) -> dict[str, Any]:
 
 def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     assert param is not None
-    scaled = clamp(step.before * update, largest_square(update.dtype))
+    limit = largest_square(update.dtype)
+    bounded = clamp(update, limit)
+    scaled = clamp(step.before * bounded, limit)
     mu = step.keep("mu", lerp(state["mu"], scaled, 1 - step.b1))
-    nu = step.keep("nu", lerp(state["nu"], scaled**2, 1 - step.b2))
-    direction = mu / (jnp.sqrt(nu) + step.distance * step.eps) + step.weight_decay * param
+    nu = step.keep("nu", lerp(state["nu"], abs_squared(scaled) + zero_if_finite(update), 1 - step.b2))
+    divisor = jnp.sqrt(nu) + step.distance * step.eps
+    direction = mu / jnp.where(divisor == 0, 1, divisor) + step.weight_decay * param
     new = {
         "mu": mu,
         "nu": nu,
-        "gradient_sum": step.forgets * state["gradient_sum"] + _weight(step, step.before) * update,
+        "gradient_sum": step.forgets * state["gradient_sum"] + _weight(step, step.before) * bounded,
         "start": state["start"],
     }
     return -step.before * step.rate * direction, new

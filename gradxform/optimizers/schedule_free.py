@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from gradxform._core.arguments import count_of
@@ -130,7 +133,29 @@ def schedule_free_adamw(
 def _warmed_up(learning_rate: Any, warmup_steps: int | None) -> Any:
     if warmup_steps is None:
         return learning_rate
-    if callable(learning_rate):
-        raise TypeError("warmup_steps goes with a constant learning_rate; a schedule has a warmup of its own")
-    steps = count_of("warmup_steps", warmup_steps)
-    return optax.warmup_constant_schedule(0.0, learning_rate, steps)
+    if not isinstance(learning_rate, int | float):
+        raise TypeError("warmup_steps goes with a learning_rate that is a number; a schedule has a warmup of its own")
+    return warmup(float(learning_rate), count_of("warmup_steps", warmup_steps))
+
+
+@functools.cache  # schedules are compared by identity, and equal calls are to build equal optimizers
+def warmup(learning_rate: float, steps: int) -> Warmup:
+    """α·min(t/k, 1) after t steps: a schedule."""
+    return Warmup(learning_rate, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warmup:
+    """What `warmup` builds."""
+
+    learning_rate: float
+    steps: int
+
+    def __call__(self, count: Any) -> Any:
+        return self.learning_rate * jnp.minimum(jnp.asarray(count, float) / self.steps, 1)
+
+    def __reduce__(self) -> Any:
+        return warmup, (self.learning_rate, self.steps)
+
+    def __repr__(self) -> str:
+        return f"warmup({self.learning_rate!r}, {self.steps})"

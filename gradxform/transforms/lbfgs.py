@@ -22,7 +22,7 @@ def scale_by_lbfgs(
 ) -> Transformation:
     """u ← H·u: H is the inverse Hessian that the last k steps s = θₜ − θₜ₋₁, with y = gₜ − gₜ₋₁, give. L-BFGS.
 
-    H changes as little as it can so that H·y = s for the last k pairs, from γ·I with γ = ⟨s, y⟩/⟨y, y⟩ of the last one.
+    H changes as little as it can so that H·y = s for the last k pairs, from γ·I with γ = ⟨s, y⟩/⟨y, y⟩ of the newest.
     Pairs with ⟨s, y⟩ ≤ 0, which would make H indefinite, and pairs that are not finite are left out. It is for
     gradients of the same data in every step; a line search after it gives steps the right length, see `lbfgs`.
 
@@ -126,7 +126,7 @@ def _coefficients(total: Any, step: Step) -> dict[str, Any]:
         return alphas.at[place].set(inverse[place] * (of_steps[place, 2] - crossed[place] @ alphas))
 
     alphas = jax.lax.fori_loop(0, step.memory_size, backward, jnp.zeros_like(inverse))
-    scale = _first_scale(curvature[newest], squares[newest, newest], total["size"], step)
+    scale = _first_scale(curvature, jnp.diagonal(squares), total["size"], step)
 
     def forward(turn: Any, weights: Array) -> Array:
         place = (newest + 1 + turn) % step.memory_size
@@ -144,12 +144,14 @@ def _coefficients(total: Any, step: Step) -> dict[str, Any]:
 
 
 def _first_scale(curvature: Array, square: Array, size: Array, step: Step) -> Any:
-    """γ: what H is before any pair is taken into it."""
+    """γ: what H is before any pair is taken into it, by the newest of those that are."""
     if not step.scale_init_precond:
         return jnp.ones_like(size)
-    known = (curvature > 0) & (square > 0)
+    from_newest = (_newest(step) - jnp.arange(step.memory_size)) % step.memory_size
+    known = ((curvature > 0) & (square > 0))[from_newest]
+    place = from_newest[jnp.argmax(known)]
     capped = jnp.minimum(1, 1 / jnp.where(size > 0, size, 1))
-    return jnp.where(known, curvature / jnp.where(known, square, 1), capped)
+    return jnp.where(jnp.any(known), curvature[place] / jnp.where(jnp.any(known), square[place], 1), capped)
 
 
 def _combine(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:

@@ -55,7 +55,7 @@ def scale_by_schedule(schedule: Schedule) -> Transformation:
 
 
 def scale_by_learning_rate(learning_rate: Numeric) -> Transformation:
-    """u ← −α·u: the only minus sign of the library. What comes out is added to the parameters.
+    """u ← −α·u: the minus sign of descent. What comes out is added to the parameters.
 
     Args:
       learning_rate: α ≥ 0, a number, 0-d array, schedule or `live` value.

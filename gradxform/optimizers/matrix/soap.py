@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradxform._core.arguments import count_of, one_of
+from gradxform._core.arguments import count_of, flag, one_of
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, fraction, non_negative
 from gradxform._core.lift import chain, lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.rule import Array, RuleState, Slot, Step
-from gradxform.numerics import clamp, largest_square, lerp, one_minus_power
+from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, zero_if_finite
 from gradxform.transforms.scaling import scale_by_learning_rate
 from gradxform.transforms.weight_decay import add_decoupled_weight_decay
 
@@ -31,6 +31,7 @@ def soap(
     every: int = 10,
     max_size: int = 10_000,
     renewal: str = "qr",
+    kl: bool = False,
 ) -> Transformation:
     """θ ← θ − α·(Q_L·(m̂′/(√v̂′ + ε))·Q_Rᵀ + λ·θ): Adam for matrices, in a basis in which their gradients are plainer.
 
@@ -38,7 +39,7 @@ def soap(
 
     Args:
       learning_rate: α ≥ 0; see `sgd`.
-      b1, b2, eps, shampoo_beta, every, max_size, renewal: See `scale_by_soap`.
+      b1, b2, eps, shampoo_beta, every, max_size, renewal, kl: See `scale_by_soap`.
       weight_decay: λ ≥ 0; see `add_decoupled_weight_decay`.
       mask: Which leaves decay; see `add_decoupled_weight_decay`.
 
@@ -50,12 +51,12 @@ def soap(
 
     Example:
       >>> import gradxform as gx
-      >>> gx.soap(0.01, weight_decay=0.0, every=5)
-      chain(scale_by_soap(every=5), add_decoupled_weight_decay(0.0), scale_by_learning_rate(0.01))
+      >>> gx.soap(0.01).init({})._fields
+      ('count', 'left', 'left_basis', 'mu', 'nu', 'right', 'right_basis')
     """
-    options: dict[str, Any] = {"shampoo_beta": shampoo_beta, "every": every, "max_size": max_size, "renewal": renewal}
+    bases: dict[str, Any] = {"shampoo_beta": shampoo_beta, "every": every, "max_size": max_size, "renewal": renewal}
     return chain(
-        scale_by_soap(b1, b2, eps, **options),
+        scale_by_soap(b1, b2, eps, kl=kl, **bases),
         add_decoupled_weight_decay(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
@@ -70,6 +71,7 @@ def scale_by_soap(
     every: int = 10,
     max_size: int = 10_000,
     renewal: str = "qr",
+    kl: bool = False,
 ) -> Transformation:
     """v′ ← β₂·v′ + (1 − β₂)·(Q_Lᵀ·u·Q_R)²,  u ← Q_L·(Q_Lᵀ·m̂·Q_R/(√v̂′ + ε))·Q_Rᵀ,  m ← β₁·m + (1 − β₁)·u
 
@@ -85,6 +87,8 @@ def scale_by_soap(
       every: k ≥ 1: the bases are renewed after every k-th step.
       max_size: An axis longer than this keeps its own basis, for its square would not fit.
       renewal: ``"qr"``, a step of power iteration and a QR decomposition; or ``"eigh"``, the eigenvectors themselves.
+      kl: Take the averages of u·R⁻¹·uᵀ/m and uᵀ·L⁻¹·u/n in place of u·uᵀ and uᵀ·u, which fits L and R to the gradients
+        by the Kullback-Leibler divergence: KL-SOAP. Eigenvalues count as at least ε in the inverses.
 
     Returns:
       A transformation whose state has ``mu`` and ``nu`` (v′), and for matrices ``left``, ``right`` (the averages),
@@ -94,7 +98,7 @@ def scale_by_soap(
       TypeError, ValueError: if an argument is out of its range, or inside `jax.shard_map` a leaf is a shard.
 
     References:
-      Vyas et al. 2024, arXiv 2409.11321, algorithm 3.
+      Vyas et al. 2024, arXiv 2409.11321, algorithm 3; Lin et al. 2025, arXiv 2509.03378 (kl).
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,6 +124,7 @@ def scale_by_soap(
         every=count_of("every", every),
         max_size=size,
         renewal=one_of("renewal", renewal, "qr", "eigh"),
+        kl=flag("kl", kl),
     )
 
 
@@ -133,7 +138,7 @@ class Bases:
     max_size: int
 
     def __call__(self, param: Array) -> RuleState:
-        state: RuleState = {name: jnp.zeros_like(param) for name in ("mu", "nu")}
+        state: RuleState = {"mu": jnp.zeros_like(param), "nu": jnp.zeros_like(param, dtype=real_dtype(param.dtype))}
         for axis, side in enumerate(_SIDES if param.ndim == 2 else ()):
             length = param.shape[axis]
             if 1 < length <= self.max_size:
@@ -151,21 +156,22 @@ def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> t
     bounded = clamp(update, largest_square(update.dtype) / max(update.size, 1))
     first = step.number == 1
     mu = step.keep("mu", jnp.where(first, 0, lerp(state["mu"], bounded, 1 - step.b1)))
-    squares = jnp.square(_turned(bounded, state))
+    squares = abs_squared(_turned(bounded, state)) + zero_if_finite(update)
     nu = step.keep("nu", jnp.where(first, 0, lerp(state["nu"], squares, 1 - step.b2)))
-    divided = _turned(mu, state) * step.mu_factor / (jnp.sqrt(nu * step.nu_factor) + step.eps)
+    divisor = jnp.sqrt(nu * step.nu_factor) + step.eps
+    divided = _turned(mu, state) * step.mu_factor / jnp.where(divisor == 0, 1, divisor)
     direction = jnp.where(first, -0.0, _turned(divided, state, back=True))
     return direction, {"mu": mu, **_renewed(bounded, state, nu, step)}
 
 
 def _turned(matrix: Array, state: RuleState, back: bool = False) -> Array:
-    """Q_Lᵀ·X·Q_R, or back from there Q_L·X·Q_Rᵀ."""
+    """Q_Lᵀ·X·Q_R, or back from there Q_L·X·Q_Rᵀ; of complex matrices the conjugate transpose."""
     if "left_basis" in state:
         left = state["left_basis"]
-        matrix = _product(left if back else left.T, matrix)
+        matrix = _product(left if back else left.conj().T, matrix)
     if "right_basis" in state:
         right = state["right_basis"]
-        matrix = _product(matrix, right.T if back else right)
+        matrix = _product(matrix, right.conj().T if back else right)
     return matrix
 
 
@@ -179,8 +185,9 @@ def _renewed(update: Array, state: RuleState, nu: Array, step: Step) -> RuleStat
     weight = 1 - (step.b2 if step.shampoo_beta is None else step.shampoo_beta)
     sides = [(axis, side) for axis, side in enumerate(_SIDES) if side in state]
     for axis, side in sides:
-        square = _product(update, update.T) if axis == 0 else _product(update.T, update)
-        new[side] = step.keep(side, lerp(state[side], square, weight))
+        rows = update if axis == 0 else update.conj().T
+        whitened = _whitened(rows, state, _SIDES[1 - axis], step) if step.kl else rows
+        new[side] = step.keep(side, lerp(state[side], _product(whitened, whitened.conj().T), weight))
     if not sides:
         return new
     bases = {side: state[f"{side}_basis"] for _, side in sides}
@@ -192,7 +199,7 @@ def _renewed(update: Array, state: RuleState, nu: Array, step: Step) -> RuleStat
         turned, ordered = {}, nu
         for axis, side in sides:
             iterated = _product(_scaled(new[side]), bases[side])
-            order = jnp.argsort(-jnp.sum(bases[side] * iterated, 0))
+            order = jnp.argsort(-jnp.sum((bases[side].conj() * iterated).real, 0))
             ordered = jnp.take(ordered, order, axis)
             turned[side] = jnp.linalg.qr(iterated[:, order])[0]
         return turned, ordered
@@ -204,6 +211,15 @@ def _renewed(update: Array, state: RuleState, nu: Array, step: Step) -> RuleStat
     which = jnp.where(step.number == 1, 2, due if step.renewal == "qr" else 2 * due)
     bases, nu = jax.lax.switch(which, [unchanged, one_iteration, eigenbases])
     return {**new, "nu": nu, **{f"{side}_basis": basis for side, basis in bases.items()}}
+
+
+def _whitened(rows: Array, state: RuleState, other: str, step: Step) -> Array:
+    """rows·Q·(n·Λ)^(−½): rows in the basis of their other side, by its eigenvalues; as they are in the first step."""
+    if other not in state:
+        return rows
+    basis = state[f"{other}_basis"]
+    eigenvalues = jnp.maximum(jnp.sum((basis.conj() * _product(state[other], basis)).real, 0), step.eps)
+    return _product(rows, basis) * jnp.where(step.number == 1, 1, jax.lax.rsqrt(len(basis) * eigenvalues))
 
 
 def _scaled(matrix: Array) -> Array:
