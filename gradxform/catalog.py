@@ -343,7 +343,7 @@ OPTIMIZERS = (
     Entry(
         function=gx.schedule_free_sgd,
         idea="gradient descent without a schedule",
-        examples=("schedule_free_sgd(α)", "schedule_free_sgd(α, warmup_steps=3)"),
+        examples=("schedule_free_sgd(α)",),
         sees="element",
         composition={
             "schedule_free_sgd(α, weight_decay=λ)": (

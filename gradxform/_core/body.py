@@ -66,6 +66,11 @@ class Body(abc.ABC):
         return ()
 
     @property
+    def last(self) -> bool:
+        """Whether nothing may follow it, because it relies on where its updates lead."""
+        return False
+
+    @property
     def views(self) -> bool:
         """Whether other parameters than those that are trained are to be evaluated."""
         return False
@@ -176,10 +181,16 @@ class Wrapper(Body):
         return self.tx.extra
 
     @property
+    def last(self) -> bool:
+        return self.tx.last
+
+    @property
     def views(self) -> bool:
         return self.tx.views
 
     def view(self, state: Any, params: Any) -> Any:
+        if "inner" not in getattr(state, "_fields", ()):
+            raise TypeError(explain.wrong_state(self.name, state, "one with a field 'inner'", ("inner",)))
         return self.tx.view(state.inner, params)
 
     def frozen(self, params: Any) -> list[bool]:

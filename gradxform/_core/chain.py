@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jax.tree_util import GetAttrKey
 
 from gradxform._core import trees
 from gradxform._core.arguments import visible_dtype
+from gradxform._core.beside import BesidePass
+from gradxform._core.beside import reports_of as beside_reports
 from gradxform._core.body import Assigned, Body
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import cast, increment, slot_names
@@ -24,6 +26,7 @@ from gradxform._core.hyperparameters import Hyperparameter
 from gradxform._core.inventory import ROLES, StateArray, names_of, per_leaf, shared, state_shapes, within
 from gradxform._core.leaves import Leaves, masked, no_update
 from gradxform._core.masks import Mask
+from gradxform._core.one_array import Own
 from gradxform._core.passes import RulePass, TreePass
 from gradxform._core.plan import Plan, Selection, TreePlan, make_plan, masks_of, select
 from gradxform._core.rule import Rule
@@ -54,7 +57,7 @@ class Chain(Body):
                     f"{stage!r} must be the last stage, or low-precision parameters miss the values that it chose "
                     f"for them; put {following!r} before it or inside it"
                 )
-            if any(isinstance(each, Rule) and each.last for each in alone.flat):
+            if alone.last:
                 raise TypeError(
                     f"{stage!r} must be the last stage, for it averages the parameters that its updates lead to; put "
                     f"{following!r} before it"
@@ -81,12 +84,17 @@ class Chain(Body):
     def needs_params(self) -> bool:
         rules = [rule for stage in self.flat if isinstance(stage, Rule) for rule in stage.parts]
         bodies = [stage.body for stage in self.flat if isinstance(stage, TreeStage)]
+        bodies += [body for rule in rules if rule.beside for _, body in rule.beside]
         masked = any(stage.mask for stage in (*rules, *self.flat))
         return masked or any(part.needs_params for part in (*rules, *bodies))
 
     @property
     def measures(self) -> bool:
         return any(map(measures, self.flat))
+
+    @property
+    def last(self) -> bool:
+        return any(stage.last if isinstance(stage, Rule) else stage.body.last for stage in self.flat)
 
     @functools.cached_property
     def views(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (cached)
@@ -114,13 +122,13 @@ class Chain(Body):
         return list({(h.shown_as, h): h for h in every}.values())
 
     @functools.cached_property
-    def passes(self) -> tuple[RulePass | TreePass, ...]:
+    def passes(self) -> tuple[Pass, ...]:
         """Runs of rules, cut where a stage sees whole trees or needs every leaf first."""
         name_of = {h: name for name, h in self.hyperparameters.items()}
         return self._passes(lambda rule: rule.bind(name_of.__getitem__))
 
     @functools.cached_property
-    def eager(self) -> tuple[tuple[RulePass | TreePass, ...], dict[str, np.ndarray]]:
+    def eager(self) -> tuple[tuple[Pass, ...], dict[str, np.ndarray]]:
         """The same for steps outside `jax.jit`, and the numbers that their compiled calls are given as arguments.
 
         These are numbers that only scale: the next optimizer with another learning rate compiles nothing. Inside
@@ -137,27 +145,32 @@ class Chain(Body):
 
         return self._passes(lambda rule: rule.bind(name, keeps=lambda h: h.constant and not h.scales)), numbers
 
-    def _passes(self, bind: Callable[[Rule], Rule]) -> tuple[RulePass | TreePass, ...]:
-        runs: list[list[Rule] | TreeStage] = []
+    def _passes(self, bind: Callable[[Rule], Rule]) -> tuple[Pass, ...]:
+        runs: list[list[Rule] | TreeStage | Rule] = []  # a rule alone stands for what is beside it
         for stage in self.flat:
             if isinstance(stage, TreeStage):
                 runs.append(stage)
             elif runs and isinstance(runs[-1], list) and not stage.gathers:
                 runs[-1].append(bind(stage))
             else:
+                runs += [bind(stage)] if stage.beside else []
                 runs.append([bind(stage)])
-        owned = [["inner"] if isinstance(run, TreeStage) else slot_names(tuple(run)) for run in runs]
-        memories = [[] if isinstance(run, TreeStage) else [name for name, _ in run[0].memory] for run in runs]
-        seeds = [
-            [] if isinstance(run, TreeStage) else ["seed" for rule in run if rule.seed is not None] for run in runs
-        ]
+        owned = [_own_names(run) for run in runs]
+        memories = [[name for name, _ in run[0].memory] if isinstance(run, list) else [] for run in runs]
+        seeds = [["seed" for rule in run if rule.seed] if isinstance(run, list) else [] for run in runs]
         names = iter(unique_names([name for each in (*owned, *memories, *seeds) for name in each]))
         columns = [[tuple(next(names) for _ in each) for each in column] for column in (owned, memories, seeds)]
-        stages = itertools.accumulate(map(len, seeds), initial=0)
-        return tuple(
-            TreePass(run, *own) if isinstance(run, TreeStage) else RulePass(tuple(run), own, kept, drawn, stage)
-            for run, own, kept, drawn, stage in zip(runs, *columns, stages, strict=False)
-        )
+        passes: list[Pass] = []
+        stage = 0
+        for run, own, kept, drawn in zip(runs, *columns, strict=True):
+            if isinstance(run, TreeStage):
+                passes.append(TreePass(run, *own))
+            elif isinstance(run, Rule):
+                passes.append(BesidePass(run, own))
+            else:
+                passes.append(RulePass(tuple(run), own, kept, drawn, stage))
+            stage += len(drawn)
+        return tuple(passes)
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
@@ -165,7 +178,9 @@ class Chain(Body):
         of_rules = [each for each in self.passes if isinstance(each, RulePass)]
         moments = sorted(name for each in of_rules for name in each.fields)
         shared = [name for each in of_rules for name in (*each.memory, *each.seeds)]
-        return (*moments, *shared, *(each.field for each in self.passes if isinstance(each, TreePass)))
+        of_trees = [each.field for each in self.passes if isinstance(each, TreePass)]
+        beside = [name for each in self.passes if isinstance(each, BesidePass) for name in each.fields]
+        return (*moments, *shared, *beside, *of_trees)
 
     @functools.cached_property
     def state_type(self) -> Any:
@@ -189,7 +204,7 @@ class Chain(Body):
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))
             passes = self.eager[0] if eager else self.passes
-            parts = [each.stage if isinstance(each, TreePass) else each.rules for each in passes]
+            parts = [_part(each) for each in passes]
             self._plans[key] = make_plan(parts, selection, key[1], structure)
         return self._plans[key]
 
@@ -215,10 +230,10 @@ class Chain(Body):
         fields: dict[str, Any] = {}
         seeds = [stage.seed for stage in self.flat if isinstance(stage, Rule) and stage.seed is not None]
         for each, own in zip(self.passes, plan.passes, strict=True):
-            if isinstance(each, TreePass):
-                fields |= each.initial(own, leaves, structure)
-            else:
+            if isinstance(each, RulePass):
                 fields |= each.initial(own, leaves, structure, seeds[each.stage : each.stage + len(each.seeds)])
+            else:
+                fields |= each.initial(own, leaves, structure)
         count = jnp.zeros((), jnp.int32)
         # copies: a step that donates its state must not delete a user's array, nor be given one twice
         visible = jax.tree.map(jnp.array, self._visible(self._values(count, {})))
@@ -240,12 +255,16 @@ class Chain(Body):
         extra = {name: extra_of(who, name, call) for who, name in self._own_extra}
         fields: dict[str, Any] = {}
         told: list[jax.Array] = []
+        beside: list[Own] | None = None
         for each, own, following in itertools.zip_longest(passes, plan.passes, passes[1:]):
             if isinstance(each, TreePass):
                 leaves, new, report = each.run(state, leaves, own, call)
+            elif isinstance(each, BesidePass):
+                beside, new, report = each.run(state, leaves, own, numbers, extra, call)
             else:
                 rounds = isinstance(following, TreePass) and following.rounds
-                leaves, new, report = each.run(state, leaves, own, numbers, extra, call, rounds)
+                leaves, new, report = each.run(state, leaves, own, numbers, extra, call, rounds, beside)
+                beside = None
             fields |= new
             told += report.values()
         result = given.result(call.wants, self._results(leaves, plan, call))
@@ -264,7 +283,7 @@ class Chain(Body):
         for each, own in zip(self.passes, plan.passes, strict=True):
             if isinstance(each, TreePass):
                 seen = each.view(state, seen, own, structure)
-            else:
+            elif isinstance(each, RulePass):
                 seen = each.view(state, seen, own, values, structure)
         return structure.unflatten(seen)
 
@@ -289,7 +308,9 @@ class Chain(Body):
         """The first stage that asks for the parameters, as messages call it."""
         for stage in self.flat:
             for part in stage.parts if isinstance(stage, Rule) else [stage]:
-                if part.mask is not None or (part.needs_params if isinstance(part, Rule) else part.body.needs_params):
+                bodies = [body for _, body in part.beside] if isinstance(part, Rule) else [part.body]
+                own = isinstance(part, Rule) and part.needs_params
+                if part.mask is not None or own or any(body.needs_params for body in bodies):
                     return part.name if isinstance(part, Rule) else repr(part)
         raise AssertionError
 
@@ -340,7 +361,8 @@ class Chain(Body):
             elif isinstance(own, TreePlan):
                 seen = masked(own.sees, params, leaves, structure)
                 places = [place for place, sees in enumerate(own.sees) if sees]
-                arrays += within(each.field, each.stage.body.inventory(seen), places)
+                for field, body in each.bodies:
+                    arrays += within(field, body.inventory(seen), places)
         return arrays
 
     def assign(self, params: Any) -> list[Assigned]:
@@ -356,6 +378,10 @@ class Chain(Body):
                 inner = iter(stage.body.assign(masked(acts, params, leaves, structure)))
                 assigned = [leaf.joined(next(inner)) if act else leaf for leaf, act in zip(assigned, acts, strict=True)]
                 continue
+            for body in [body for _, body in stage.beside]:
+                acts = selection.acting(stage.mask)
+                inner = iter(body.assign(masked(acts, params, leaves, structure)))
+                assigned = [leaf.joined(next(inner)) if act else leaf for leaf, act in zip(assigned, acts, strict=True)]
             for rule in stage.parts:
                 own = {str(h.name): h for _, h in rule.arguments if isinstance(h, Hyperparameter)}
                 acts = selection.acting(stage.mask, rule.mask)
@@ -379,9 +405,31 @@ def _known(stages: tuple[Stage, ...], labels: Any) -> Chain:
     return Chain(stages)
 
 
+Pass: TypeAlias = RulePass | TreePass | BesidePass
+
+
+def _own_names(run: list[Rule] | TreeStage | Rule) -> list[str]:
+    """The state fields of a pass that hold what it keeps per leaf, or whole states."""
+    if isinstance(run, TreeStage):
+        return ["inner"]
+    return [name for name, _ in run.beside] if isinstance(run, Rule) else slot_names(tuple(run))
+
+
+def _part(each: Pass) -> Any:
+    """What a plan is made of for a pass."""
+    if isinstance(each, RulePass):
+        return each.rules
+    return each.stage if isinstance(each, TreePass) else each.rule
+
+
 def extra_of_stage(stage: Rule | TreeStage) -> tuple[str, ...]:
-    return tuple(name for part in stage.parts for name in part.extra) if isinstance(stage, Rule) else stage.body.extra
+    if isinstance(stage, TreeStage):
+        return stage.body.extra
+    beside = (name for _, body in stage.beside for name in body.extra)
+    return (*(name for part in stage.parts for name in part.extra), *beside)
 
 
 def reports_of(stage: Rule | TreeStage) -> tuple[str, ...]:
-    return stage.reports if isinstance(stage, Rule) else stage.body.reports
+    if isinstance(stage, TreeStage):
+        return stage.body.reports
+    return (*beside_reports(stage), *stage.reports) if stage.beside else stage.reports

@@ -274,9 +274,10 @@ def _gathered(rule: Rule, numbers: Any, step: Any) -> dict[str, Any]:
         for name in (*dict(rule.memory), *rule.reports):
             if name not in gathered:
                 raise KeyError(f"gather must return {name!r}, which the rule remembers or reports")
-        for name, first in rule.memory:
-            if np.shape(gathered[name]) != np.shape(first):
-                raise ValueError(f"{name!r} has the shape {np.shape(first)} in memory, now {np.shape(gathered[name])}")
+        for name, _ in rule.memory:
+            shape, new = np.shape(getattr(step, name)), np.shape(gathered[name])
+            if new != shape:
+                raise ValueError(f"{name!r} has the shape {shape} in memory, now {new}")
     except Exception as error:
         error.add_note(f"in gather of {rule.name}")
         raise

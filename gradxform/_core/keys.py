@@ -27,6 +27,11 @@ class Seed:
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity", self.value if self.constant else id(self.value))
 
+    def __reduce__(self) -> Any:  # a copy has an identity of its own; keys of JAX are not pickled
+        if self.constant:
+            return Seed, (self.value,)
+        return _restored, (jax.random.key_data(self.value), str(jax.random.key_impl(self.value)))
+
     @property
     def constant(self) -> bool:
         """Whether it is a number, not an array, which may be traced."""
@@ -36,6 +41,10 @@ class Seed:
         """The seed that the state holds for a stage: two stages with one seed draw other numbers."""
         key = jax.random.key(self.value) if self.constant else self.value
         return jax.random.bits(jax.random.fold_in(key, np.uint32(stage)), (WORDS,), np.uint32)
+
+
+def _restored(data: Any, impl: str) -> Seed:
+    return Seed(jax.random.wrap_key_data(data, impl=impl))
 
 
 def seed_of(name: str, value: Any) -> Seed | None:

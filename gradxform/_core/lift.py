@@ -67,6 +67,8 @@ def lift(
     slots: Sequence[str] | None = None,
     view: Callable[[RuleState, Array, Step], Array] | None = None,
     last: bool = False,
+    beside: Mapping[str, optax.GradientTransformation] | None = None,
+    when: Callable[[Step], Any] | None = None,
     reports: Sequence[str] = (),
     axis_name: str | Sequence[str] | None = None,
     mask: MaskLike | None = None,
@@ -111,6 +113,10 @@ def lift(
         None, that leaf has no such state.
       view: ``view(state, param, step)`` gives the parameter to evaluate, for `eval_params`; ``step.number`` is the
         number of steps taken, and of all else ``step`` has arguments and memory.
+      beside: Transformations by name that get the same input, with states of their own, which are fields of the state:
+        the rule reads the update that one makes of its array as ``step.<name>``, in the parameter's dtype.
+      when: ``when(step)`` tells whether these take a step; where it is False their states stay, and their updates
+        are 0. ``step`` has the arguments, the extra arguments and what `prepare` gave.
       last: Whether nothing may follow in a chain, because the rule relies on where its updates lead.
       reports: Which of the scalars that `gather` returns `observe` shows.
       axis_name: Axes of a mesh; see `clip_by_global_norm`. It takes a `Measure` with ``across``.
@@ -170,7 +176,9 @@ def lift(
         if constructor
         else getattr(update, "__qualname__", type(update).__name__).partition(".")[0]
     )
-    _check_names(name, (*arguments, *(memory or {}), *extra))
+    _check_names(name, (*arguments, *(memory or {}), *extra, *(beside or {})))
+    if when is not None and not beside:
+        raise TypeError("when goes with beside: give it, or neither")
     rule = Rule(
         name=name,
         constructor=constructor,
@@ -186,6 +194,8 @@ def lift(
         slots=None if slots is None else tuple(sorted(slots)),
         view=view,
         last=last,
+        beside=tuple((key, body_of(f"{key} beside {name}", tx)) for key, tx in (beside or {}).items()),
+        when=when,
         reports=tuple(reports),
         axis_name=axes("axis_name", axis_name),
         mask=mask_of(mask),
@@ -197,6 +207,7 @@ def lift(
         rescales=rescales,
         state_dtype=state_float_dtype("state_dtype", state_dtype),
         arguments=tuple((key, _argument(name, key, value)) for key, value in arguments.items()),
+        kinds=tuple(map(_kind, arguments.values())),
     )
     return Transformation.of(chain_of((rule,)))
 
@@ -232,10 +243,19 @@ def _argument(rule: str, key: str, value: Any) -> Any:
                     f"put {stage!r} beside {rule} in the chain"
                 )
         return Branch(tuple(stage for stage in stages if isinstance(stage, Rule)))
+    if isinstance(value, np.integer):
+        return int(value)
     if value is None or isinstance(value, bool | str | int | tuple) or callable(value):
         return value
     parameter = value if isinstance(value, Hyperparameter) else Hyperparameter(value)
     return parameter.named(key)
+
+
+def _kind(value: Any) -> Any:
+    """The types of whole numbers and booleans, for 0 is False, and which of them a rule got must not be forgotten."""
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    return type(value) if isinstance(value, int) else None
 
 
 def branch(name: str, tx: Any) -> Transformation:

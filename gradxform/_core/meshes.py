@@ -65,6 +65,9 @@ def beside(leaf: Any, slot: Any, axes: tuple[int | None, ...] | None, name: str)
         if axes is None or not isinstance(sharding, NamedSharding):
             return slot
         return jax.device_put(slot, NamedSharding(sharding.mesh, spec_along(leaf, axes, slot.shape, name)))
+    if axes is not None:  # an axis of blocks is shorter than the leaf's, and the compiler divides it as it likes
+        pairs = zip(axes, jnp.shape(slot), strict=True)
+        axes = tuple(axis if axis is not None and leaf.shape[axis] == length else None for axis, length in pairs)
     unlike = jnp.shape(slot) != leaf.shape if axes is None else divided_by_type(leaf)  # where init runs divided
     if unlike or not jnp.issubdtype(slot.dtype, jnp.inexact):
         return slot

@@ -159,7 +159,8 @@ def step_of(
     prepared = {**(prepared or {}), **(memory or {})}
     arguments = dict(rule.arguments)
     for name in rule.extra:
-        arguments[name] = scalars.extra[name]
+        if name in scalars.extra:  # not where parameters are only looked at
+            arguments[name] = scalars.extra[name]
     if rule.seed is not None and "key" in prepared:
         prepared["key"] = typed(prepared["key"])
     for name, value in rule.varying:
@@ -168,10 +169,15 @@ def step_of(
         else:
             own = dataclasses.replace(scalars, prepared=prepared.pop(name, ()))
             arguments[name] = _branch(value.rules, own, keep)
-    if not arguments.keys().isdisjoint(prepared):
-        twice = sorted(arguments.keys() & prepared.keys())[0]
-        raise ValueError(f"{twice!r} is an argument of {rule.name}: prepare and gather must give other names")
+    if not (arguments.keys().isdisjoint(prepared) and _OWN.isdisjoint(prepared)):
+        twice = sorted((arguments.keys() | _OWN) & prepared.keys())[0]
+        whose = f"an argument of {rule.name}" if twice in arguments else f"in every step, also of {rule.name}"
+        raise ValueError(f"{twice!r} is {whose}: prepare and gather must give other names")
     return Step(number=scalars.number, **arguments, **prepared)
+
+
+_OWN = frozenset(("number", "keep", "at_most"))
+"""What every step has itself."""
 
 
 def _branch(
@@ -190,7 +196,7 @@ def _init_rule(rule: Rule, param: Any, kept: Callable[[Rule, Slot], Any], branch
         for name, value in made.items():
             if value is not None:
                 slot = value if isinstance(value, Slot) else Slot(value)
-                _check_slot(rule, name, slot)
+                _check_slot(rule, name, slot, param)
                 state[name] = kept(rule, slot)
     except Exception as error:
         error.add_note(f"in init of {rule.name}")
@@ -201,7 +207,7 @@ def _init_rule(rule: Rule, param: Any, kept: Callable[[Rule, Slot], Any], branch
     return state
 
 
-def _check_slot(rule: Rule, name: str, slot: Slot) -> None:
+def _check_slot(rule: Rule, name: str, slot: Slot, param: Any) -> None:
     if rule.slots is not None and name not in rule.slots:
         raise ValueError(f"init of {rule.name} gives {name!r}, which is not one of slots={rule.slots}")
     if not hasattr(slot.array, "shape"):
@@ -210,6 +216,11 @@ def _check_slot(rule: Rule, name: str, slot: Slot) -> None:
         raise ValueError(f"init of {rule.name} gives {name!r} a dtype of its own: name all that it keeps, slots=(…)")
     if slot.axes is not None and len(slot.axes) != len(slot.array.shape):
         raise ValueError(f"axes of {name!r} in {rule.name} must tell of {len(slot.array.shape)} axes, got {slot.axes}")
+    if any(axis is not None and not 0 <= axis < param.ndim for axis in slot.axes or ()):
+        raise ValueError(
+            f"axes of {name!r} in {rule.name} must be None or axes of its parameter, from 0 to {param.ndim - 1}, got "
+            f"{slot.axes}"
+        )
 
 
 def _array(rule: Rule, slot: Slot) -> Array:

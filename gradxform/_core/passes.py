@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from gradxform._core import meshes, one_array, trees
 from gradxform._core.arguments import visible_dtype
@@ -66,13 +67,20 @@ class RulePass:
             for index, (plan, leaf) in enumerate(zip(plans, leaves, strict=True))
         ]
         acted_on = [leaf for plan, leaf in zip(plans, leaves, strict=True) if plan.rules[0] is not NOTHING]
-        initial = (
-            jnp.asarray(value([widened(leaf) for leaf in acted_on]) if callable(value) else value, visible_dtype())
-            for _, value in self.rules[0].memory
-        )
+        initial = (self._remembered(name, value, acted_on) for name, value in self.rules[0].memory)
         seeds = (seed.array(self.stage + place) for place, seed in enumerate(given))
         shared = zip((*self.memory, *self.seeds), (*initial, *seeds), strict=True)
         return self._fields(plans, slots, structure) | dict(shared)
+
+    def _remembered(self, name: str, value: Any, params: Sequence[Any]) -> jax.Array:
+        """The first value of what is remembered of all leaves: an array of its own, for it may be donated."""
+        if callable(value):
+            try:
+                value = meshes.partitioned(value, PartitionSpec(), list(map(widened, params)))
+            except Exception as error:
+                error.add_note(f"in memory {name!r} of {self.rules[0].name}")
+                raise
+        return jnp.array(value, visible_dtype())
 
     def run(
         self,
@@ -83,14 +91,26 @@ class RulePass:
         extra: Mapping[str, Any],
         call: Call,
         rounds: bool,
+        beside: Sequence[Own] | None = None,
     ) -> tuple[Leaves, dict[str, Any], Report]:
-        """Every rule on every leaf. `rounds`: whether the next pass gets updates in the parameters' dtypes."""
+        """Every rule on every leaf.
+
+        Args:
+          state, leaves, plans, values, extra, call: The step, and what each leaf gets in this pass.
+          rounds: Whether the next pass gets updates in the parameters' dtypes.
+          beside: What the first rule gets for each leaf of the transformations beside it.
+        """
         slots = self._slots(plans, state, leaves.structure, leaves.has_params)
         self._check_leaves(plans, leaves)
         scalars, own, shared, report = self._scalars(plans, state, values, extra, leaves, slots, call)
         if self.seeds:
             own = self._with_keys(own, plans, state, leaves)
             shared |= {field: getattr(state, field) for field in self.seeds}
+        if beside is not None:
+            own = [
+                {**numbers, 0: {**numbers.get(0, {}), **more.get(0, {})}}
+                for numbers, more in zip(own, beside, strict=True)
+            ]
         results: list[Any] = [leaf.update for leaf in leaves.leaves]
         for places in self._together(plans, leaves, slots):
             place = places[0]
@@ -124,13 +144,17 @@ class RulePass:
 
     def roles(self, plans: Sequence[LeafPlan], leaves: Sequence[Any]) -> dict[tuple[str, int | None], Role]:
         """What arrays hold, where their rules say it: by field and leaf."""
-        return {
-            (self.fields[place], index): fact.role
-            for index, (plan, leaf) in enumerate(zip(plans, leaves, strict=True))
-            if plan.places
-            for place, fact in zip(plan.places, slot_facts(plan.rules, *trees.aval(leaf)), strict=True)
-            if fact.role is not None
-        }
+        roles: dict[tuple[str, int | None], Role] = {}
+        for index, (plan, leaf) in enumerate(zip(plans, leaves, strict=True)):
+            shape, dtype = trees.aval(leaf)
+            for place, fact in zip(
+                plan.places, slot_facts(plan.rules, shape, dtype) if plan.places else (), strict=True
+            ):
+                # the factor of a square matrix has its shape, and is no moment of it
+                apart = fact.axes is not None and fact.axes != tuple(range(len(shape)))
+                if role := "kept" if apart else fact.role:
+                    roles[self.fields[place], index] = role
+        return roles
 
     def view(
         self, state: Any, params: list[Any], plans: Sequence[LeafPlan], values: Mapping[str, Any], structure: Any
@@ -149,7 +173,11 @@ class RulePass:
                 own = tuple([memory if place == 0 else {} for place in range(len(plan.rules))])
                 scalars = Scalars(state.count, None, dict(_changing(values)), {}, own)
                 scalars = in_dtype(numerics.real_dtype(dtype), scalars)
-                seen[i] = viewed(plan.rules)(dtype, final, scalars, opened(plan, slots[i]), param)
+                try:
+                    seen[i] = viewed(plan.rules)(dtype, final, scalars, opened(plan, slots[i]), param)
+                except Exception as error:
+                    error.add_note(f"for {trees.name_leaf('params', structure, i)}")
+                    raise
         return seen
 
     def _fields(self, plans: Sequence[LeafPlan], slots: Sequence[Any], structure: Any) -> dict[str, Any]:
@@ -279,8 +307,9 @@ _LARGEST_BATCHED = 1 << 20
 def _initial_slots(rules: tuple[Rule, ...], leaf: Any, name: str) -> list[Any]:
     """The state of one leaf: no array twice, nor the parameter, for a step that donates must get no buffer twice."""
     wide = widened(leaf)
-    if by_shape(rules) and meshes.divided_by_type(wide):
-        facts = slot_facts(rules, leaf.shape, trees.dtype_of(leaf))
+    typed = not isinstance(wide, jax.ShapeDtypeStruct) and meshes.divided_by_type(wide)
+    facts = slot_facts(rules, *trees.aval(leaf)) if typed else ()
+    if any(by_shape(rules) or fact.axes is not None for fact in facts):
         specs = [meshes.spec_along(leaf, fact.axes, fact.array.shape, name) for fact in facts]
         arrays = meshes.partitioned(lambda x: [s.array for s in slots_in(one_array.slots(rules, x))], specs, wide)
         slots = [dataclasses.replace(fact, array=array) for fact, array in zip(facts, arrays, strict=True)]
@@ -312,6 +341,11 @@ class TreePass:
     def rounds(self) -> bool:
         """Whether it must get the parameters' dtypes, as other libraries' do; our own round when they return."""
         return isinstance(self.stage.body, Foreign)
+
+    @property
+    def bodies(self) -> list[tuple[str, Any]]:
+        """The state field, and the body whose state it holds."""
+        return [(self.field, self.stage.body)]
 
     def initial(self, plan: TreePlan, leaves: Sequence[Any], structure: Any) -> dict[str, Any]:
         """The pass's part of the state."""

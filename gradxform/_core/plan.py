@@ -132,7 +132,7 @@ def _frozen_by(
 
 
 def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals, structure: Any) -> Plan:
-    """What each leaf gets in every pass; a pass is a tuple of rules, or a stage that sees whole trees."""
+    """What each leaf gets in every pass: a tuple of rules, a stage that sees whole trees, or what is beside a rule."""
     frozen = selection.all_frozen
     within = iter(selection.frozen_within)
     drafts: list[Any] = []
@@ -140,6 +140,9 @@ def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals, structu
         if isinstance(part, TreeStage):
             acts, own = selection.acting(part.mask), next(within)
             drafts.append((acts, [act or rests for act, rests in zip(acts, own, strict=True)]))
+        elif isinstance(part, Rule):  # with transformations beside it
+            acts = [rule is not NOTHING for [rule] in _rules_by_leaf((part,), selection, frozen)]
+            drafts.append((acts, acts))
         else:
             rules = _rules_by_leaf(part, selection, frozen)
             drafts.append(([any(rule is not NOTHING for rule in each) for each in rules], rules))
@@ -147,7 +150,7 @@ def make_plan(passes: Sequence[Any], selection: Selection, avals: Avals, structu
     made: list[Any] = []
     for part, (acts, more) in zip(reversed(passes), reversed(drafts), strict=True):
         ends = [act and not after for act, after in zip(acts, later, strict=True)]
-        if isinstance(part, TreeStage):
+        if isinstance(part, TreeStage | Rule):
             made.append(TreePlan(acts, more, ends))
         else:
             made.append(_leaf_plans(part, more, acts, ends, avals, structure))

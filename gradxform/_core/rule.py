@@ -9,6 +9,7 @@ A rule reads its hyperparameters, options and branches from ``step``:
     step.keep        ``mu = step.keep("mu", mu)``: a new moment as the state will hold it, to go on with
     step.value       an extra argument of ``update``, if the rule names it: ``extra=("value",)``
     step.key         a random key of its own for this array and step, if the rule has one: ``key=0``
+    step.inner       the update of a transformation that runs ``beside={"inner": tx}``
 
 together with what it remembers of all leaves, and whatever its own `prepare` and `gather` computed for this step.
 """
@@ -153,6 +154,8 @@ class Rule:
     slots: tuple[str, ...] | None = None
     view: Callable[[RuleState, Array, Step], Array] | None = None
     last: bool = False
+    beside: tuple[tuple[str, Any], ...] = ()
+    when: Callable[[Step], Any] | None = None
     reports: tuple[str, ...] = ()
     axis_name: tuple[str, ...] | None = None
     mask: Mask | None = None
@@ -165,6 +168,8 @@ class Rule:
     rescales: str | None = None
     state_dtype: np.dtype[Any] | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
+    kinds: tuple[Any, ...] = ()
+    """Of which types the arguments are, where equal ones may be of several."""
 
     @functools.cached_property
     def picky(self) -> bool:
@@ -173,8 +178,8 @@ class Rule:
 
     @property
     def gathers(self) -> bool:
-        """Whether it computes something for all leaves before it runs on any."""
-        return self.measure is not None or self.gather is not None
+        """Whether something is computed for all leaves before it runs on any."""
+        return self.measure is not None or self.gather is not None or bool(self.beside)
 
     @property
     def measures(self) -> bool:
@@ -267,7 +272,7 @@ class Rule:
         axis = self.axis_name if self.axis_name is None or len(self.axis_name) != 1 else self.axis_name[0]
         key_of = None if self.seed is None else self.seed.value
         rest = {"mask": self.mask, "state_dtype": dtype, "axis_name": axis, "key": key_of}
-        for key, value in (*self.arguments, *rest.items()):
+        for key, value in (*self.arguments, *self.beside, *rest.items()):
             default: Any = defaults[key].default if key in defaults else None
             plain = value.value if isinstance(value, Hyperparameter) else value
             off = not isinstance(plain, jax.Array) and plain in (None, False, _NO_RULES)  # False is 0.0 too

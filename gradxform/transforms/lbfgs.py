@@ -118,15 +118,16 @@ def _coefficients(total: Any, step: Step) -> dict[str, Any]:
     # ⟨sᵢ, yⱼ⟩ and ⟨yᵢ, yⱼ⟩ with those of the new pair
     crossed = step.steps_by_differences.at[newest].set(of_differences[:, 0]).at[:, newest].set(of_steps[:, 1])
     squares = step.differences.at[newest].set(of_differences[:, 1]).at[:, newest].set(of_differences[:, 1])
-    curvature = jnp.diagonal(crossed)
-    inverse = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0)
+    curvature, square = jnp.diagonal(crossed), jnp.diagonal(squares)
+    taken = (curvature > 0) & (square > 0)
+    inverse = jnp.where(taken, 1 / jnp.where(taken, curvature, 1), 0)
 
     def backward(turn: Any, alphas: Array) -> Array:
         place = (newest - turn) % step.memory_size
         return alphas.at[place].set(inverse[place] * (of_steps[place, 2] - crossed[place] @ alphas))
 
     alphas = jax.lax.fori_loop(0, step.memory_size, backward, jnp.zeros_like(inverse))
-    scale = _first_scale(curvature, jnp.diagonal(squares), total["size"], step)
+    scale = _first_scale(taken, curvature / jnp.where(taken, square, 1), total["size"], step)
 
     def forward(turn: Any, weights: Array) -> Array:
         place = (newest + 1 + turn) % step.memory_size
@@ -143,15 +144,13 @@ def _coefficients(total: Any, step: Step) -> dict[str, Any]:
     }
 
 
-def _first_scale(curvature: Array, square: Array, size: Array, step: Step) -> Any:
-    """γ: what H is before any pair is taken into it, by the newest of those that are."""
+def _first_scale(taken: Array, scales: Array, size: Array, step: Step) -> Any:
+    """γ: what H is before any pair is taken into it; that of the newest pair that is."""
     if not step.scale_init_precond:
         return jnp.ones_like(size)
     from_newest = (_newest(step) - jnp.arange(step.memory_size)) % step.memory_size
-    known = ((curvature > 0) & (square > 0))[from_newest]
-    place = from_newest[jnp.argmax(known)]
-    capped = jnp.minimum(1, 1 / jnp.where(size > 0, size, 1))
-    return jnp.where(jnp.any(known), curvature[place] / jnp.where(jnp.any(known), square[place], 1), capped)
+    newest = from_newest[jnp.argmax(taken[from_newest])]
+    return jnp.where(jnp.any(taken), scales[newest], jnp.minimum(1, 1 / jnp.where(size > 0, size, 1)))
 
 
 def _combine(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:

@@ -168,15 +168,25 @@ class LowPrecision(Wrapper):
         return leaves.structure.unflatten(results), new_state, report
 
     def view(self, state: Any, params: Any) -> Any:
-        leaves, structure = jax.tree.flatten(params)
-        narrow = self._narrow(leaves, self.tx.frozen(params))
-        residuals = structure.flatten_up_to(state.residual)
+        check_state_type(self.name, state, LowPrecisionState)
+        if not self.views:
+            return params
+        frozen = self.tx.frozen(params)
+        leaves = Leaves.of(params, params, frozen)
+        kept, structure, narrow = (
+            jax.tree.leaves(params),
+            leaves.structure,
+            self._narrow(jax.tree.leaves(params), frozen),
+        )
+        residuals = self._residuals(state, leaves, narrow)
         values = [
-            self.form.read(Kept(leaf, None if residual is HOLE else residual, state.seed, None)) if each else leaf
-            for leaf, residual, each in zip(leaves, residuals, narrow, strict=True)
+            EncodedParam(self.form, Kept(leaf, residual, state.seed, None), leaf.shape).decoded() if each else leaf
+            for leaf, residual, each in zip(kept, residuals, narrow, strict=True)
         ]
         seen = structure.flatten_up_to(self.tx.view(state.inner, structure.unflatten(values)))
-        return structure.unflatten([cast(new, trees.dtype_of(old)) for new, old in zip(seen, leaves, strict=True)])
+        return structure.unflatten(
+            [cast(new, old.dtype) if each else new for new, old, each in zip(seen, kept, narrow, strict=True)]
+        )
 
     def _narrow(self, leaves: list[Any], frozen: list[bool]) -> list[bool]:
         """Which leaves are low-precision numbers and not frozen."""

@@ -78,7 +78,9 @@ class Coded(EncodedMoment):
 def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Callable[..., Any]:
     coded = {place: codec for place, codec in enumerate(codecs) if codec is not None}
     used = list(coded.values())
-    in_parts = not any(inner.whole for rule in rules for inner in rule.parts)
+    parts = [inner for rule in rules for inner in rule.parts]
+    # a run has another shape than the leaf, and would draw what the others draw
+    in_parts = not any(inner.whole or inner.slots is not None or inner.seed is not None for inner in parts)
 
     @compiled
     def coded_leaf_update(
@@ -88,6 +90,7 @@ def _on_coded(rules: tuple[Rule, ...], codecs: tuple[Codec | None, ...]) -> Call
         length = _run_length(update.size // used[0].block)
         alike = all(codec is not None or slot.shape == update.shape for codec, slot in zip(codecs, slots, strict=True))
         in_runs = one_cpu and in_parts and alike and length > 0 and any(codec.looked_up for codec in used)
+        in_runs = in_runs and all(x.ndim == 0 for x in jax.tree.leaves(own))  # arrays, keys: of the whole leaf
         in_runs = in_runs and ending.form is None  # a form's random bits depend on the place in the whole array
         lands = ending.gives == "param"
 

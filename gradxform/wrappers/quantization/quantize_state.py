@@ -172,6 +172,9 @@ class QuantizeState(Wrapper):
         return result, closed._replace(seed=unless(call.accepted, state.seed, next_seed(state.seed))), report
 
     def view(self, state: Any, params: Any) -> Any:
+        check_state_type(self.name, state, QuantizedState)
+        if not self.views:
+            return params
         coding, structure = self.coding(params), jax.tree.structure(params)
         opened = coding.opened(state.codes, state.scales, state.inner, structure, _decoded)
         return self.tx.view(opened, self.inner_params(params))
