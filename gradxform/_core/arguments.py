@@ -120,6 +120,13 @@ def count_of(name: str, value: object) -> int:
     return int(value)
 
 
+def offset_of(name: str, value: object) -> int:
+    """A whole number of at least 0, such as ``step_offset=``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+    return int(value)
+
+
 def number_in(name: str, value: Any, within: Range) -> float:
     """A Python float in a range, for what is fixed when a transformation is built."""
     plain = number(name, value)

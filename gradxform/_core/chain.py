@@ -96,12 +96,20 @@ class Chain(Body):
     def last(self) -> bool:
         return any(stage.last if isinstance(stage, Rule) else stage.body.last for stage in self.flat)
 
-    @functools.cached_property
-    def views(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] (cached)
-        return any(stage.view is not None if isinstance(stage, Rule) else stage.body.views for stage in self.flat)
+    @property
+    def views(self) -> bool:
+        return self._views
 
     @functools.cached_property
-    def extra(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] (cached)
+    def _views(self) -> bool:
+        return any(stage.view is not None if isinstance(stage, Rule) else stage.body.views for stage in self.flat)
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        return self._extra
+
+    @functools.cached_property
+    def _extra(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for stage in self.flat for name in extra_of_stage(stage)))
 
     @functools.cached_property

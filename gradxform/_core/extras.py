@@ -15,10 +15,10 @@ from gradxform._core.trees import aval, describe
 
 def extra_of(who: str, name: str, call: Call) -> jax.Array:
     """The extra argument `name`, a real scalar of at least float32; `who` reads it, for messages."""
-    value = call.extra_args.get(name)
-    if value is None:
+    if name not in call.extra_args:
         got = ", ".join(call.extra_args) or "no extra argument"
         raise TypeError(f"{who} reads {name!r}: call update(…, {name}=…); it got {got}")
+    value = call.extra_args[name]
     _, dtype = aval(value)
     if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number, which {who} reads, got {describe(value)}")

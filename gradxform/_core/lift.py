@@ -16,6 +16,7 @@ from gradxform._core.keys import seed_of
 from gradxform._core.masks import MaskLike, mask_of
 from gradxform._core.rule import Array, Branch, Measure, Rule, RuleState, Step, stateless
 from gradxform._core.stages import Stage, TreeStage
+from gradxform._core.trees import concrete
 
 
 def chain(*transformations: optax.GradientTransformation | optax.MultiSteps) -> Transformation:
@@ -226,7 +227,11 @@ def _check_names(rule: str, names: Sequence[str]) -> None:
 
 def _first_value(value: Any) -> Any:
     """The first value of what a rule remembers: a number, nested tuples of them, or a function."""
-    return value if callable(value) else _tuples(value)
+    if callable(value):
+        return value
+    if not concrete(value):
+        raise TypeError(f"the first value of what a rule remembers must be known when it is built, got {value}")
+    return _tuples(value)
 
 
 def _tuples(value: Any) -> Any:

@@ -112,7 +112,7 @@ def run(
         step = step_of(rule, scalars, prepared, keep=keep)
         step.keep, step.at_most = stored, at_most
         try:
-            returned = rule.update(update, slots, param, step)
+            returned: Any = rule.update(update, slots, param, step)
             if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
                 raise _no_pair(rule, returned)
             new_update, new_slots = returned
@@ -190,7 +190,7 @@ def _init_rule(rule: Rule, param: Any, kept: Callable[[Rule, Slot], Any], branch
     """What `kept` makes of each array that the rule keeps for an array; nothing for a name that has None."""
     state: RuleState = {}
     try:
-        made = rule.init(param)
+        made: Any = rule.init(param)
         if not isinstance(made, Mapping):
             raise TypeError(f"init of {rule.name} must give a dict of arrays by name, got {type(made).__name__}")
         for name, value in made.items():

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gradxform._core.arguments import float_dtype
+from gradxform._core.arguments import flag, float_dtype, offset_of
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric, fraction, non_negative
+from gradxform._core.hyperparameters import Numeric, bound, fraction, non_negative
 from gradxform._core.lift import chain
 from gradxform._core.masks import MaskLike
 from gradxform.transforms.clipping import clip_by_leaf_rms
@@ -71,14 +71,13 @@ def adafactor(
       >>> print(gx.describe(gx.adafactor(0.01), params, show=False).state_bytes)
       4100
     """
-    parts = [
-        normalize_by_factored_rms(decay_rate, decay_offset, min_dim_size_to_factor, eps, factored=factored),
-    ]
+    offset = offset_of("decay_offset", decay_offset)
+    parts = [normalize_by_factored_rms(decay_rate, offset, min_dim_size_to_factor, eps, factored=factored)]
     if clipping_threshold is not None:
-        parts.append(clip_by_leaf_rms(clipping_threshold))
+        parts.append(clip_by_leaf_rms(bound(clipping_threshold, "clipping_threshold")))
     if learning_rate is not None:
         parts.append(scale(non_negative(learning_rate, "learning_rate")))
-    if multiply_by_parameter_scale:
+    if flag("multiply_by_parameter_scale", multiply_by_parameter_scale):
         parts.append(scale_by_param_rms())
     if momentum is not None:
         dtype = float_dtype("dtype_momentum", dtype_momentum)

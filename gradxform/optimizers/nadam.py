@@ -29,7 +29,7 @@ def nadam(
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, state_dtype: See `adam`.
       momentum_decay: ψ > 0, how fast the momenta rise from ½β₁ to β₁; torch has 0.004. None, the default, takes their
-        limit: the constant βₜ = β₁ of optax and Keras, which is ``adam(nesterov=True)``.
+        limit, the constant βₜ = β₁ of optax and Keras; it is ``adam(nesterov=True)``.
 
     Raises:
       TypeError, ValueError: if a number is out of its range.

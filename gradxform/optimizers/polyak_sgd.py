@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric
+from gradxform._core.hyperparameters import Numeric, non_negative
 from gradxform._core.lift import chain
 from gradxform.transforms.polyak import scale_by_polyak
 from gradxform.transforms.scaling import scale_by_learning_rate
@@ -39,4 +39,7 @@ def polyak_sgd(
       >>> print(params + tx.update(grads, tx.init(params), params, value=loss)[0])
       [2.4 3.2]
     """
-    return chain(scale_by_polyak(f_min, max_learning_rate, eps, variant), scale_by_learning_rate(scaling))
+    return chain(
+        scale_by_polyak(f_min, max_learning_rate, eps, variant),
+        scale_by_learning_rate(non_negative(scaling, "scaling")),
+    )

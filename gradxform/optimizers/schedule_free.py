@@ -11,7 +11,7 @@ import optax
 
 from gradxform._core.arguments import count_of
 from gradxform._core.body import Transformation
-from gradxform._core.hyperparameters import Numeric
+from gradxform._core.hyperparameters import Numeric, fraction
 from gradxform._core.lift import chain
 from gradxform.transforms.averaging import average_schedule_free
 from gradxform.transforms.normalization import normalize_by_rms
@@ -123,7 +123,7 @@ def schedule_free_adamw(
     """
     rate = _warmed_up(learning_rate, warmup_steps)
     descent = chain(
-        normalize_by_rms(b2, eps, debias=True),
+        normalize_by_rms(fraction(b2, "b2"), eps, debias=True),
         add_decoupled_weight_decay(weight_decay),
         scale_by_learning_rate(rate),
     )

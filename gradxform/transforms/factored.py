@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform._core.arguments import count_of, flag, one_of, square_dtype
+from gradxform._core.arguments import count_of, flag, offset_of, one_of, square_dtype
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, non_negative, positive
 from gradxform._core.lift import lift
@@ -57,8 +57,6 @@ def normalize_by_factored_rms(
       >>> print(state.nu_row["kernel"], state.nu_col["kernel"], state.nu["bias"])
       [0. 0.] [0. 0. 0.] [0. 0. 0.]
     """
-    if isinstance(step_offset, bool) or not isinstance(step_offset, int | np.integer) or step_offset < 0:
-        raise ValueError(f"step_offset must be a whole number of at least 0, got {step_offset!r}")
     size = count_of("min_dim_size_to_factor", min_dim_size_to_factor)
     factors = Factors(size if flag("factored", factored) else None, one_of("axes", axes, "largest", "last"))
     return lift(
@@ -69,7 +67,7 @@ def normalize_by_factored_rms(
         slots=("nu", "nu_row", "nu_col"),
         whole=True,
         decay_rate=positive(decay_rate),
-        step_offset=int(step_offset),
+        step_offset=offset_of("step_offset", step_offset),
         min_dim_size_to_factor=size,
         eps=non_negative(eps),
         factored=factored,

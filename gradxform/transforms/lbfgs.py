@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gradxform._core.arguments import count_of, flag
 from gradxform._core.body import Transformation
@@ -60,7 +61,7 @@ def scale_by_lbfgs(
         constructor=scale_by_lbfgs,
         totals=_products,
         gather=_coefficients,
-        memory={"steps_by_differences": jnp.zeros((size, size)), "differences": jnp.zeros((size, size))},
+        memory={"steps_by_differences": np.zeros((size, size)), "differences": np.zeros((size, size))},
         needs_params=True,
         axis_name=axis_name,
         memory_size=size,

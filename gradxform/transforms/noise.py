@@ -36,6 +36,8 @@ def add_noise(eta: Numeric, gamma: Numeric, key: Any = 0) -> Transformation:
       >>> print(f"{jnp.std(updates):.2f}")
       0.10
     """
+    if key is None:
+        raise TypeError("key must be a whole number or a key, as jax.random.key gives it, got None")
     return lift(
         None,
         _add,

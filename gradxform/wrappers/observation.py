@@ -21,7 +21,7 @@ from gradxform._core.call import Call, Report
 from gradxform._core.encoded import EncodedParam, decoded
 from gradxform._core.leaves import Leaves
 from gradxform._core.measures import bad_leaves, global_norm, leaf_norms, total
-from gradxform._core.patterns import Table, patterns_of
+from gradxform._core.patterns import Pattern, Table, patterns_of
 from gradxform._core.state import check_state_type, inner_hyperparams
 from gradxform._core.trees import unless
 
@@ -100,7 +100,7 @@ def observe(
 class Parts:
     """Leaves told apart by patterns."""
 
-    tables: tuple[tuple[str, Table], ...]
+    tables: tuple[tuple[str, Table[Pattern]], ...]
 
     def __repr__(self) -> str:
         return f"{{{', '.join(f'{name!r}: {table.keys[0]!r}' for name, table in self.tables)}}}"

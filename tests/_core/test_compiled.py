@@ -77,7 +77,7 @@ def counting(traces: list[Any], rate: Any = 0.1) -> gx.Transformation:
         traces.append(update.shape)
         return -step.rate * update, {"mu": update}
 
-    return gx.lift(lambda param: {"mu": jnp.zeros_like(param)}, update, rate=rate)
+    return gx.lift(lambda param: {"mu": jnp.zeros_like(param)}, update, rate=gx.finite(rate))
 
 
 @pytest.mark.parametrize("rate", [0.1, gx.live(0.1), by_step], ids=["constant", "live", "schedule"])

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import gradxform as gx
+from gradxform import catalog
 from tests.support.trees import assert_same
 
 pytestmark = pytest.mark.once
@@ -188,46 +189,33 @@ def test_states(row):
 
 # Hyperparameters, by the names under which they were given
 
-FUNCTIONS = [
-    gx.sgd,
-    gx.momentum,
-    gx.adagrad,
-    gx.rmsprop,
-    gx.adam,
-    gx.adamw,
-    gx.adam_l2,
-    gx.muon,
-    gx.normuon,
-    gx.scale_by_adam,
-    gx.scale,
-    gx.scale_by_learning_rate,
-    gx.scale_by_momentum,
-    gx.bias_correction,
-    gx.normalize_by_rms,
-    gx.normalize_by_rss,
-    gx.normalize_by_neuron,
-    gx.orthogonalize,
-    gx.clip_by_value,
-    gx.clip_by_leaf_norm,
-    gx.clip_by_global_norm,
-    gx.clip_by_param_norm,
-    gx.clip_by_zscore,
-    gx.clip_by_average_norm,
-    gx.add_decoupled_weight_decay,
-    gx.add_l2_regularization,
-]
-FLAGS = {"nesterov", "debias", "centered", "eps_in_sqrt", "bias_correction", "batched"}
-DTYPES = {"state_dtype", "mu_dtype", "accumulator_dtype", "dtype"}
-OTHERS = {"mask", "of", "axis_name", "axis", "warmup"}
+FUNCTIONS = [entry.function for entry in (*catalog.OPTIMIZERS, *catalog.TRANSFORMATIONS)]
+FLAGS = {
+    "nesterov",
+    "debias",
+    "centered",
+    "eps_in_sqrt",
+    "bias_correction",
+    "batched",
+    "factored",
+    "safeguard_warmup",
+    "scale_init_precond",
+    "multiply_by_parameter_scale",
+    "kl",
+}
+DTYPES = {"state_dtype", "mu_dtype", "accumulator_dtype", "dtype", "dtype_momentum"}
+COUNTS = {"memory_size", "min_dim_size_to_factor", "every", "max_size", "warmup_steps"}
+CHOICES = {"axes", "variant", "renewal"}
+OTHERS = {"mask", "weight_decay_mask", "of", "axis_name", "axis", "warmup", "schedule", "key", "tx", "linesearch"}
+OFFSETS = {"step_offset", "decay_offset"}
 OF_MATRICES = {"matrices", "other", "layout", "method", "steps", "coefficients", "scale"}  # see test_muon.py
 MAY_BE_NONE = {
-    (gx.sgd, "momentum"),
-    (gx.rmsprop, "momentum"),
-    (gx.sgd, "dampening"),
-    (gx.scale_by_momentum, "dampening"),
-    (gx.clip_by_zscore, "max_norm"),
-}
-MAY_BE_INFINITE = {"max_value", "max_norm", "max_ratio"}
+    (function, name)
+    for function in FUNCTIONS
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.default is None
+} | {(gx.adafactor, "clipping_threshold"), (gx.clip_by_zscore, "max_norm")}
+MAY_BE_INFINITE = {"max_value", "max_norm", "max_ratio", "max_rms", "max_learning_rate", "clipping_threshold"}
 FIXED = {"initial_scale", "initial_accumulator_value"}
 
 BELOW_ZERO, TOO_LARGE = [-1.0, -1e-30], [1.0, 1.5]
@@ -250,6 +238,27 @@ OUT_OF_RANGE = {
     "max_ratio": [*BELOW_ZERO, 0.0],
     "threshold": [*BELOW_ZERO, 0.0],
     "factor": [],
+    "blend": BELOW_ZERO + TOO_LARGE,
+    "momentum_decay": [*BELOW_ZERO, 0.0],
+    "decay_rate": [*BELOW_ZERO, 0.0],
+    "min_scale": [*BELOW_ZERO, 0.0],
+    "max_rms": [*BELOW_ZERO, 0.0],
+    "clipping_threshold": [*BELOW_ZERO, 0.0],
+    "weight_decay_rate": BELOW_ZERO,
+    "f_min": [],
+    "max_learning_rate": [*BELOW_ZERO, 0.0],
+    "scaling": BELOW_ZERO,
+    "b3": BELOW_ZERO + TOO_LARGE,
+    "d0": [*BELOW_ZERO, 0.0],
+    "d_coef": [*BELOW_ZERO, 0.0],
+    "eta": BELOW_ZERO,
+    "gamma": BELOW_ZERO,
+    "shampoo_beta": BELOW_ZERO + TOO_LARGE,
+    "weight_lr_power": BELOW_ZERO,
+}
+ONE_IS_IN_RANGE = {
+    (function, "b1")
+    for function in (gx.average_schedule_free, gx.schedule_free, gx.schedule_free_sgd, gx.schedule_free_adamw)
 }
 WRONG_TYPE = {
     "bool": True,
@@ -274,7 +283,15 @@ WRONG_VALUE = {
 def build(function: Callable[..., Any], name: str, value: Any) -> Any:
     required = {key: 0.1 for key, p in inspect.signature(function).parameters.items() if p.default is p.empty}
     required |= {"matrices": {"w": "in out"}, "other": gx.sgd(0.1)} if "matrices" in required else {}
-    needed = {"momentum": 0.9} if name in ("dampening", "nesterov", "accumulator_dtype") and function is gx.sgd else {}
+    required |= {"tx": gx.sgd(0.1)} if "tx" in required else {}
+    required |= {"schedule": optax.constant_schedule(0.1)} if "schedule" in required else {}
+    needed: dict[str, Any] = {}
+    if name in ("dampening", "nesterov", "accumulator_dtype") and function is gx.sgd:
+        needed = {"momentum": 0.9}
+    elif name == "momentum_decay" and function is not gx.nadam:
+        needed = {"nesterov": True, "debias": True} if function is gx.scale_by_momentum else {"nesterov": True}
+    elif name == "dtype_momentum":
+        needed = {"momentum": 0.9}
     return function(**{**required, **needed, name: value})
 
 
@@ -285,10 +302,11 @@ def arguments(names: Callable[[str], bool]) -> Any:
 
 def test_every_argument_of_every_function_is_known_to_these_tables():
     named = {name for function in FUNCTIONS for name in inspect.signature(function).parameters}
-    assert named == OUT_OF_RANGE.keys() | FLAGS | DTYPES | OTHERS | OF_MATRICES
+    assert named == OUT_OF_RANGE.keys() | FLAGS | DTYPES | COUNTS | CHOICES | OTHERS | OFFSETS | OF_MATRICES
     public = [value for name, value in vars(gx).items() if inspect.isfunction(value) and not name.startswith("_")]
-    taking_numbers = [f for f in public if OUT_OF_RANGE.keys() & inspect.signature(f).parameters.keys()]
-    assert set(taking_numbers) == {*FUNCTIONS, gx.times, gx.skip_spikes}, "those two are in test_errors_of_wrappers.py"
+    taking_numbers = {f for f in public if OUT_OF_RANGE.keys() & inspect.signature(f).parameters.keys()}
+    of_wrappers = {gx.times, gx.skip_spikes, gx.stochastic_rounding, gx.accumulate}  # in test_errors_of_wrappers.py
+    assert taking_numbers - of_wrappers <= set(FUNCTIONS)
 
 
 @pytest.mark.parametrize("value", WRONG_TYPE.values(), ids=WRONG_TYPE)
@@ -314,6 +332,8 @@ def test_hyperparameters_that_are_no_finite_number(function, name, value):
 @arguments(OUT_OF_RANGE.__contains__)
 def test_hyperparameters_out_of_range(function, name):
     for value in OUT_OF_RANGE[name]:
+        if value == 1.0 and (function, name) in ONE_IS_IN_RANGE:
+            continue
         for form in (float, np.float32, jnp.float32):
             with pytest.raises(ValueError, match=rf"^{name} must be in .*, got"):
                 build(function, name, form(value))
@@ -323,6 +343,29 @@ def test_hyperparameters_out_of_range(function, name):
 @arguments(FLAGS.__contains__)
 def test_flags_are_true_or_false(function, name, value):
     with pytest.raises(TypeError, match=rf"^{name}\b"):
+        build(function, name, value)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, True, "3"])
+@arguments((COUNTS | OFFSETS).__contains__)
+def test_counts_are_whole_numbers(function, name, value):
+    if name in OFFSETS and value == 0:
+        build(function, name, value)
+        return
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must be\b"):
+        build(function, name, value)
+
+
+@arguments(CHOICES.__contains__)
+def test_choices_are_named(function, name):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must be .*'.*', got 'other'"):
+        build(function, name, "other")
+
+
+@pytest.mark.parametrize("value", ["key", 0.5, True, jnp.zeros(3), jnp.zeros((2, 2), jnp.uint32)], ids=str)
+@arguments({"key"}.__contains__)
+def test_keys_are_whole_numbers_or_keys(function, name, value):
+    with pytest.raises(TypeError, match=r"^key must be a whole number or a key"):
         build(function, name, value)
 
 
@@ -497,7 +540,12 @@ def rule(
     small_squares=(lambda: gx.adam(0.1, state_dtype="float16"), ValueError, "state_dtype & float16 & bfloat16"),
     byte_state=(lambda: gx.momentum(0.1, state_dtype=jnp.float8_e4m3fn), TypeError, "state_dtype & 16 bits"),
     at_most_unknown=(rule(at_most="limit", floor=1.0), TypeError, "at_most & 'limit' & floor"),
-    gather_alone=(rule(gather=lambda measured, step: {}), TypeError, "measure & gather"),
+    totals_alone=(rule(totals=lambda u, s, p, step: {}), TypeError, "totals & gather"),
+    totals_and_measure=(
+        rule(totals=lambda u, s, p, step: {}, measure=lambda u: {}, gather=lambda t, step: {}),
+        TypeError,
+        "measure & totals",
+    ),
     needs_params=(
         lambda: step(gx.lift(None, lambda u, s, p, step: (u + p, s), needs_params=True), params=None),
         ValueError,

@@ -219,7 +219,7 @@ def _whitened(rows: Array, state: RuleState, other: str, step: Step) -> Array:
         return rows
     basis = state[f"{other}_basis"]
     eigenvalues = jnp.maximum(jnp.sum((basis.conj() * _product(state[other], basis)).real, 0), step.eps)
-    return _product(rows, basis) * jnp.where(step.number == 1, 1, jax.lax.rsqrt(len(basis) * eigenvalues))
+    return _product(rows, basis) * jnp.where(step.number == 1, 1, jax.lax.rsqrt(len(basis) * eigenvalues))[None]
 
 
 def _scaled(matrix: Array) -> Array:
