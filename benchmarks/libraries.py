@@ -147,7 +147,8 @@ class JaxRun:
         self._flat, self._compiled, self._start, self._grads = contender.flat, compiled, params, grads
         self._params = jax.tree.map(jnp.array, contender.layout(params))
         # the state's type is made anew when caches are emptied; the program wants the one it was traced with
-        leaves = jax.tree.leaves(contender.make().init(self._params))
+        # and some states of optax begin with one array twice, which cannot be donated
+        leaves = [jnp.array(leaf) for leaf in jax.tree.leaves(contender.make().init(self._params))]
         self._state = jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def __call__(self, steps: int = 1) -> None:

@@ -121,7 +121,7 @@ def run(
                 raise ValueError(f"{rule.name} returned the state {sorted(new_slots)}, its init made {sorted(slots)}")
             branches, rest = dict(rule.branches), {}
             for name, new in new_slots.items():
-                if name not in branches and new is not kept.get(name):
+                if name not in branches and new is not kept.get(name) and new is not slots[name]:
                     rest[name] = stored(name, new)
         except Exception as error:
             error.add_note(f"in update of {rule.name}")

@@ -310,8 +310,8 @@ def _initial_slots(rules: tuple[Rule, ...], leaf: Any, name: str) -> list[Any]:
     typed = not isinstance(wide, jax.ShapeDtypeStruct) and meshes.divided_by_type(wide)
     facts = slot_facts(rules, *trees.aval(leaf)) if typed else ()
     if any(by_shape(rules) or fact.axes is not None for fact in facts):
-        specs = [meshes.spec_along(leaf, fact.axes, fact.array.shape, name) for fact in facts]
-        arrays = meshes.partitioned(lambda x: [s.array for s in slots_in(one_array.slots(rules, x))], specs, wide)
+        specs = tuple([meshes.spec_along(leaf, fact.axes, fact.array.shape, name) for fact in facts])
+        arrays = _divided_slots(rules, specs, wide)
         slots = [dataclasses.replace(fact, array=array) for fact, array in zip(facts, arrays, strict=True)]
     else:
         slots = slots_in(one_array.slots(rules, wide))
@@ -321,6 +321,21 @@ def _initial_slots(rules: tuple[Rule, ...], leaf: Any, name: str) -> list[Any]:
         made.append(jnp.array(array) if id(array) in known else meshes.beside(leaf, array, slot.axes, name))
         known.add(id(array))
     return made
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _divided_slots(rules: tuple[Rule, ...], specs: tuple[PartitionSpec, ...], leaf: Any) -> tuple[Any, ...]:
+    """The state of one leaf, where the compiler divides the work of making it.
+
+    A selection that never selects the leaf ties what is made from nothing to the devices of the leaf.
+    """
+
+    def made(x: jax.Array) -> tuple[Any, ...]:
+        unlike = jnp.sum(jnp.ravel(x)[:1].real)
+        slots = [slot.array for slot in slots_in(one_array.slots(rules, x))]
+        return tuple([jnp.where(False, unlike.astype(slot.dtype), slot) for slot in slots])
+
+    return meshes.partitioned(made, specs, leaf)
 
 
 def _ending(plan: LeafPlan, leaf: Leaf, call: Call, rounds: bool) -> Ending:

@@ -41,8 +41,10 @@ class Norm:
       ...         return update / step.size, state
       ...     return gx.lift(None, update, totals=totals, gather=gather)
       >>> tx = normalize_all()
-      >>> print(tx.update([jnp.full(1, 3e30), jnp.full(1, 4e30)], tx.init([jnp.zeros(1)] * 2))[0])
-      [Array([0.6], dtype=float32), Array([0.8], dtype=float32)]
+      >>> large = {"a": jnp.array(3e30), "b": jnp.array(4e30)}
+      >>> updates, _ = tx.update(large, tx.init(large))
+      >>> print(f"{updates['a']:.2f} {updates['b']:.2f}")
+      0.60 0.80
     """
 
     of: Array

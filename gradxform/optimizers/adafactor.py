@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from gradxform._core.arguments import flag, float_dtype, offset_of
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, bound, fraction, non_negative
@@ -26,7 +24,7 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     clipping_threshold: Numeric | None = 1.0,
     momentum: Numeric | None = None,
-    dtype_momentum: Any = jnp.float32,
+    dtype_momentum: Any = None,
     weight_decay_rate: Numeric | None = None,
     eps: Numeric = 1e-30,
     factored: bool = True,
@@ -54,7 +52,7 @@ def adafactor(
       clipping_threshold: The largest root of the mean square of a leaf's direction; see `clip_by_leaf_rms`. None for no
         bound.
       momentum: β in [0, 1) of a moving average of the steps; None for none. It takes the memory that factors save.
-      dtype_momentum: Dtype of the momentum.
+      dtype_momentum: Dtype of the momentum; see `scale_by_momentum`.
       weight_decay_rate: λ ≥ 0, which is not multiplied by α; None for no decay.
       weight_decay_mask: Which leaves decay; see `add_decoupled_weight_decay`.
 

@@ -12,7 +12,16 @@ from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, fraction, non_negative, positive
 from gradxform._core.lift import lift
 from gradxform._core.rule import Array, RuleState, Step
-from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, zero_if_finite
+from gradxform.numerics import (
+    abs_squared,
+    clamp,
+    largest_square,
+    lerp,
+    one_minus_power,
+    real_dtype,
+    root,
+    zero_if_finite,
+)
 
 
 def prodigy(
@@ -98,25 +107,27 @@ def _rates(step: Step) -> dict[str, Any]:
     return {"rate": step.learning_rate * correction, "forgets": jnp.sqrt(step.b2) if step.b3 is None else step.b3}
 
 
-def _weight(step: Step, distance: Array) -> Array:
-    """What a gradient counts for in the sums."""
-    return distance * (1.0 if step.safeguard_warmup else step.rate) * distance / step.d0
+def _sums(update: Array, state: RuleState, step: Step, distance: Array) -> Array:
+    """s after this step."""
+    weight = distance * (1.0 if step.safeguard_warmup else step.rate) * distance / step.d0
+    return step.forgets * state["gradient_sum"] + weight * update
 
 
 def _totals(update: Array, state: RuleState, param: Array | None, step: Step) -> dict[str, Any]:
-    distance, bounded = jnp.maximum(step.distance, step.d0), clamp(update, largest_square(update.dtype))
-    size = jnp.sum(jnp.abs(step.forgets * state["gradient_sum"] + _weight(step, distance) * bounded))
-    return {"progress": jnp.sum((bounded.conj() * (state["start"] - param)).real), "size": size}
+    distance = jnp.maximum(step.distance, step.d0)
+    size = jnp.sum(jnp.abs(_sums(update, state, step, distance)))
+    return {"progress": jnp.sum((update.conj() * (state["start"] - param)).real), "size": size}
 
 
 def _estimate(total: Any, step: Step) -> dict[str, Any]:
     before = jnp.maximum(step.distance, step.d0)
     progress = step.forgets * step.progress + before * step.rate * before / step.d0 * total["progress"]
-    size = jnp.where(total["size"] > 0, total["size"], 1)
+    estimate = step.d_coef * progress / jnp.where(total["size"] > 0, total["size"], 1)
+    known = jnp.isfinite(progress) & jnp.isfinite(total["size"])  # not of sums that overflow
     return {
         "before": before,
-        "progress": progress,
-        "distance": jnp.maximum(before, step.d_coef * progress / size),
+        "progress": jnp.where(known, progress, step.progress),
+        "distance": jnp.where(known, jnp.maximum(before, estimate), before),
     }
 
 
@@ -127,12 +138,8 @@ def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> t
     scaled = clamp(step.before * bounded, limit)
     mu = step.keep("mu", lerp(state["mu"], scaled, 1 - step.b1))
     nu = step.keep("nu", lerp(state["nu"], abs_squared(scaled) + zero_if_finite(update), 1 - step.b2))
-    divisor = jnp.sqrt(nu) + step.distance * step.eps
+    sums = step.keep("gradient_sum", _sums(update, state, step, step.before))
+    divisor = root(nu) + step.distance * step.eps
     direction = mu / jnp.where(divisor == 0, 1, divisor) + step.weight_decay * param
-    new = {
-        "mu": mu,
-        "nu": nu,
-        "gradient_sum": step.forgets * state["gradient_sum"] + _weight(step, step.before) * bounded,
-        "start": state["start"],
-    }
+    new = {"mu": mu, "nu": nu, "gradient_sum": sums, "start": state["start"]}
     return -step.before * step.rate * direction, new

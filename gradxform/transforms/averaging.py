@@ -77,6 +77,10 @@ def _average(state: RuleState, param: Array, step: Step) -> Array:
 
 def _move(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     assert param is not None
-    average, z = _average(state, param, step), step.keep("z", state["z"] + update)
+    new = state["z"] + update
+    z = step.keep("z", new)
+    # where nothing was rounded the old z follows from the new one, which is written over it without a copy (X4)
+    before = z - update if z is new else state["z"]
+    average = _average({"z": before}, param, step)
     average = average + step.share * (z - average)
     return step.b1 * (average - z) + (z - param), {"z": z}

@@ -15,6 +15,7 @@ from gradxform._core.body import Transformation
 from gradxform._core.lift import lift
 from gradxform._core.rule import Array, RuleState, Slot, Step
 from gradxform._core.totals import Norm
+from gradxform._core.xla import after
 from gradxform.numerics import norm
 
 
@@ -95,16 +96,16 @@ def _pair(update: Array, state: RuleState, param: Array | None, step: Step) -> t
 
 
 def _products(update: Array, state: RuleState, param: Array | None, step: Step) -> dict[str, Any]:
-    vectors = jnp.stack([*_pair(update, state, param, step), update])
-    axes = tuple(range(1, vectors.ndim))
+    new = jnp.stack([vector.ravel() for vector in (*_pair(update, state, param, step), update)])
 
-    def with_vectors(arrays: Array) -> Array:
-        return jnp.tensordot(arrays.conj(), vectors, (axes, axes), precision=jax.lax.Precision.HIGHEST).real
+    def with_new(arrays: Array) -> Array:
+        rows = arrays.reshape(len(arrays), -1).conj()
+        return jnp.matmul(rows, new.T, precision=jax.lax.Precision.HIGHEST).real
 
     return {
-        "of_steps": with_vectors(state["steps"]),
-        "of_differences": with_vectors(state["differences"]),
-        "of_new": with_vectors(vectors),
+        "of_steps": with_new(state["steps"]),
+        "of_differences": with_new(state["differences"]),
+        "of_new": with_new(new),
         "size": Norm(norm(update)),
     }
 
@@ -117,8 +118,9 @@ def _coefficients(total: Any, step: Step) -> dict[str, Any]:
         for row, name in enumerate(("of_steps", "of_differences"))
     )
     # ⟨sᵢ, yⱼ⟩ and ⟨yᵢ, yⱼ⟩ with those of the new pair
-    crossed = step.steps_by_differences.at[newest].set(of_differences[:, 0]).at[:, newest].set(of_steps[:, 1])
-    squares = step.differences.at[newest].set(of_differences[:, 1]).at[:, newest].set(of_differences[:, 1])
+    known, squares_known = (x.astype(new.dtype) for x in (step.steps_by_differences, step.differences))
+    crossed = known.at[newest].set(of_differences[:, 0]).at[:, newest].set(of_steps[:, 1])
+    squares = squares_known.at[newest].set(of_differences[:, 1]).at[:, newest].set(of_differences[:, 1])
     curvature, square = jnp.diagonal(crossed), jnp.diagonal(squares)
     taken = (curvature > 0) & (square > 0)
     inverse = jnp.where(taken, 1 / jnp.where(taken, curvature, 1), 0)
@@ -155,12 +157,14 @@ def _first_scale(taken: Array, scales: Array, size: Array, step: Step) -> Any:
 
 
 def _combine(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
-    pair = _pair(update, state, param, step)
+    # the products of the old pairs are known before one of them is overwritten (X4)
+    pair = [after(step.scale, each) for each in _pair(update, state, param, step)]
     steps, differences = (
         step.keep(name, jax.lax.dynamic_update_index_in_dim(state[name], new, _newest(step), 0))
         for name, new in zip(("steps", "differences"), pair, strict=True)
     )
-    direction = step.scale * update + jnp.tensordot(step.of_step, steps, 1)
-    direction = direction + jnp.tensordot(step.of_difference, differences, 1)
+    direction = step.scale * update
+    for place in range(step.memory_size):
+        direction = direction + step.of_step[place] * steps[place] + step.of_difference[place] * differences[place]
     new = {"steps": steps, "differences": differences, "last_param": param, "last_update": update}
     return direction, new

@@ -105,9 +105,13 @@ def _zeros(param: Array) -> RuleState:
 
 def _average(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
     weight = 1 - step.decay
-    mu = step.keep("mu", lerp(state["mu"], update, weight))
+    new = lerp(state["mu"], update, weight)
+    mu = step.keep("mu", new)
     if step.blend is not None:
-        return lerp(state["mu"], update, 1 - step.blend), {"mu": mu}
+        # where nothing was rounded the old m follows from the new one, which is written over it without a copy (X4)
+        known = mu is new and isinstance(step.decay, float) and step.decay >= 0.5
+        before = (mu - weight * update) / step.decay if known else state["mu"]
+        return lerp(before, update, 1 - step.blend), {"mu": mu}
     if step.momentum_decay is not None:
         return step.next * mu + step.now * update, {"mu": mu}
     if step.nesterov:

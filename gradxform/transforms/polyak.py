@@ -67,9 +67,10 @@ def _length(measured: Any, step: Step) -> dict[str, Any]:
     gap, size = step.value - step.f_min, norm(measured["norm"])
     gap = jnp.maximum(gap, 0) if step.variant == "sps+" else gap
     safe = jnp.where(size > 0, size, 1)
-    length = gap / safe / (safe + step.eps / safe)  # the square of a norm may overflow where the norm does not
-    return {"length": jnp.where(size > 0, jnp.minimum(length, step.max_learning_rate), 0)}
+    # of the unit vector, for the square of a norm may overflow where the norm does not
+    length = jnp.minimum(gap / (safe + step.eps / safe), step.max_learning_rate * safe)
+    return {"size": safe, "length": jnp.where(size > 0, length, 0)}
 
 
 def _scale(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
-    return update * step.length, state
+    return update / step.size * step.length, state

@@ -88,9 +88,9 @@ def scale_by_param_rms(min_scale: Numeric = 1e-3) -> Transformation:
     Example:
       >>> import jax.numpy as jnp
       >>> import gradxform as gx
-      >>> tx, params = gx.scale_by_param_rms(), jnp.array([3.0, -3.0])
-      >>> print(tx.update(jnp.array([1.0, 2.0]), tx.init(params), params)[0])
-      [3. 6.]
+      >>> tx, params = gx.scale_by_param_rms(), jnp.array([3.0, -3.0, 3.0, 3.0])
+      >>> print(tx.update(jnp.array([1.0, 2.0, 0.0, -1.0]), tx.init(params), params)[0])
+      [ 3.  6.  0. -3.]
     """
     return lift(
         None,

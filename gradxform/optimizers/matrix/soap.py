@@ -14,7 +14,16 @@ from gradxform._core.hyperparameters import Numeric, fraction, non_negative
 from gradxform._core.lift import chain, lift
 from gradxform._core.masks import MaskLike
 from gradxform._core.rule import Array, RuleState, Slot, Step
-from gradxform.numerics import abs_squared, clamp, largest_square, lerp, one_minus_power, real_dtype, zero_if_finite
+from gradxform.numerics import (
+    abs_squared,
+    clamp,
+    largest_square,
+    lerp,
+    one_minus_power,
+    real_dtype,
+    root,
+    zero_if_finite,
+)
 from gradxform.transforms.scaling import scale_by_learning_rate
 from gradxform.transforms.weight_decay import add_decoupled_weight_decay
 
@@ -156,11 +165,12 @@ def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> t
     bounded = clamp(update, largest_square(update.dtype) / max(update.size, 1))
     first = step.number == 1
     mu = step.keep("mu", jnp.where(first, 0, lerp(state["mu"], bounded, 1 - step.b1)))
-    squares = abs_squared(_turned(bounded, state)) + zero_if_finite(update)
+    zero = zero_if_finite(update)
+    squares = abs_squared(_turned(bounded, state)) + zero
     nu = step.keep("nu", jnp.where(first, 0, lerp(state["nu"], squares, 1 - step.b2)))
-    divisor = jnp.sqrt(nu * step.nu_factor) + step.eps
+    divisor = root(nu * step.nu_factor) + step.eps
     divided = _turned(mu, state) * step.mu_factor / jnp.where(divisor == 0, 1, divisor)
-    direction = jnp.where(first, -0.0, _turned(divided, state, back=True))
+    direction = jnp.where(first, -0.0 * zero, _turned(divided, state, back=True))
     return direction, {"mu": mu, **_renewed(bounded, state, nu, step)}
 
 
