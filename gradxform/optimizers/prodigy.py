@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from gradxform._core.arguments import flag
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, fraction, non_negative, positive
-from gradxform._core.lift import lift
+from gradxform._core.lift import branch, lift
+from gradxform._core.masks import MaskLike
 from gradxform._core.rule import Array, RuleState, Step
 from gradxform.numerics import (
     abs_squared,
@@ -22,6 +23,7 @@ from gradxform.numerics import (
     root,
     zero_if_finite,
 )
+from gradxform.transforms.weight_decay import add_decoupled_weight_decay
 
 
 def prodigy(
@@ -34,7 +36,9 @@ def prodigy(
     d_coef: Numeric = 1.0,
     weight_decay: Numeric = 0.0,
     safeguard_warmup: bool = False,
+    mask: MaskLike | None = None,
     *,
+    decay: Transformation | None = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> Transformation:
     """m ← β₁·m + (1 − β₁)·d·g,  v ← β₂·v + (1 − β₂)·(d·g)²,  θ ← θ − d·α̂·(m/(√v + d·ε) + λ·θ)
@@ -50,8 +54,10 @@ def prodigy(
       eps: ε ≥ 0.
       d0: d₀ > 0, the first d, below any rate that could be right.
       d_coef: c > 0, by which the estimate is multiplied; 0.5 or 2 where it settles too high or too low.
-      weight_decay: λ ≥ 0, of all parameters that take part.
+      weight_decay: λ ≥ 0; see `add_decoupled_weight_decay`.
       safeguard_warmup: Leave α̂ out of s, so that the small rates of a long warmup do not drive d up.
+      mask: Which leaves decay; see `add_decoupled_weight_decay`.
+      decay: A transformation of the direction m/(√v + d·ε) in place of ``weight_decay`` and ``mask``.
       axis_name: See `clip_by_global_norm`.
 
     Returns:
@@ -92,7 +98,7 @@ def prodigy(
         eps=non_negative(eps),
         d0=positive(d0),
         d_coef=positive(d_coef),
-        weight_decay=non_negative(weight_decay),
+        decay=branch("decay", add_decoupled_weight_decay(weight_decay, mask) if decay is None else decay),
         safeguard_warmup=flag("safeguard_warmup", safeguard_warmup),
     )
 
@@ -140,6 +146,6 @@ def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> t
     nu = step.keep("nu", lerp(state["nu"], abs_squared(scaled) + zero_if_finite(update), 1 - step.b2))
     sums = step.keep("gradient_sum", _sums(update, state, step, step.before))
     divisor = root(nu) + step.distance * step.eps
-    direction = mu / jnp.where(divisor == 0, 1, divisor) + step.weight_decay * param
-    new = {"mu": mu, "nu": nu, "gradient_sum": sums, "start": state["start"]}
+    direction, decay = step.decay(mu / jnp.where(divisor == 0, 1, divisor), state["decay"], param)
+    new = {"mu": mu, "nu": nu, "gradient_sum": sums, "start": state["start"], "decay": decay}
     return -step.before * step.rate * direction, new

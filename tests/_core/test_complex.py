@@ -15,7 +15,7 @@ import pytest
 import gradxform as gx
 from gradxform.catalog import evaluate
 from tests.support.tables import ANY_LEAF, OPTIMIZERS, counterparts
-from tests.support.trees import STEPS, assert_same, walk
+from tests.support.trees import LOSS, STEPS, assert_same, walk
 from tests.twins import elementwise as twins
 
 pytestmark = pytest.mark.once
@@ -124,7 +124,7 @@ def test_accumulated_gradients_act_by_their_complex_mean(name):
     twice = jax.tree.map(lambda leaf: 2 * leaf, GRADS)
     (first, second), _ = walk(tx, PARAMS, jax.tree.map(lambda *leaves: jnp.stack(leaves), zero, twice), steps=2)
     assert_same(first, zero)
-    assert_same(second, OPTIMIZERS[name].update(GRADS, OPTIMIZERS[name].init(PARAMS), PARAMS)[0])
+    assert_same(second, OPTIMIZERS[name].update(GRADS, OPTIMIZERS[name].init(PARAMS), PARAMS, value=LOSS)[0])
 
 
 @pytest.mark.parametrize("mask", ["z", lambda path, leaf: jnp.iscomplexobj(leaf)], ids=["pattern", "predicate"])
@@ -144,14 +144,15 @@ def test_a_complex_gradient_of_a_real_parameter_is_refused_by_name(name, transfo
     tx = OPTIMIZERS[name]
     grads = GRADS | {"w": GRADS["w"].astype(jnp.complex64)}
     with pytest.raises(TypeError, match=r"updates\['w'\] is complex64, params\['w'\] is float32; take the real part"):
-        transform(tx.update)(grads, tx.init(PARAMS), PARAMS)
+        transform(tx.update)(grads, tx.init(PARAMS), PARAMS, value=LOSS)
 
 
 @every_optimizer
 def test_a_real_gradient_of_a_complex_parameter_has_no_imaginary_part(name):
     grads = GRADS | {"z": GRADS["z"].real}
     explicit = GRADS | {"z": GRADS["z"].real.astype(jnp.complex64)}
-    ours, expected = (OPTIMIZERS[name].update(g, OPTIMIZERS[name].init(PARAMS), PARAMS) for g in (grads, explicit))
+    tx = OPTIMIZERS[name]
+    ours, expected = (tx.update(g, tx.init(PARAMS), PARAMS, value=LOSS) for g in (grads, explicit))
     assert_same(ours, expected)
 
 
@@ -170,7 +171,7 @@ def descend(tx, conjugate, steps):
     def step(_, carry):
         z, state = carry
         grad = jax.grad(lambda z: jnp.abs(z - TARGET) ** 2)(z)
-        update, state = tx.update(conjugate(grad), state, z)
+        update, state = tx.update(conjugate(grad), state, z, value=LOSS)
         return gx.apply_updates(z, update), state
 
     start = jnp.asarray(1.7 + 1.5j, jnp.complex64)

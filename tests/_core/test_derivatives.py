@@ -9,7 +9,7 @@ import pytest
 
 import gradxform as gx
 from tests.support.tables import OPTIMIZERS
-from tests.support.trees import assert_same
+from tests.support.trees import LOSS, assert_same
 
 pytestmark = pytest.mark.once
 
@@ -96,7 +96,7 @@ def test_the_derivative_of_a_step_where_gradients_are_zero_is_that_of_the_formul
     with jax.enable_x64(True):
 
         def moved(grad):
-            updates, _ = tx.update(grad, tx.init(grad), jnp.zeros(2))
+            updates, _ = tx.update(grad, tx.init(grad), jnp.zeros(2), value=LOSS)
             return weighted([updates])
 
         slope = jax.grad(moved)(jnp.zeros(2))

@@ -16,7 +16,7 @@ import pytest
 
 import gradxform as gx
 from tests.support.tables import OPTIMIZERS
-from tests.support.trees import Layer, assert_close, assert_same, signature
+from tests.support.trees import LOSS, Layer, assert_close, assert_same, signature
 
 pytestmark = pytest.mark.once
 
@@ -65,8 +65,9 @@ def tree_of(by_path: dict[str, Any]) -> Any:
 
 def train(tx: Any, params: Any, grads: list[Any], state: Any = None) -> tuple[Any, Any]:
     state = tx.init(params) if state is None else state
+    tx = optax.with_extra_args_support(tx)
     for grad in grads:
-        updates, state = tx.update(grad, state, params)
+        updates, state = tx.update(grad, state, params, value=LOSS)
         params = gx.apply_updates(params, updates)
     return params, state
 

@@ -31,7 +31,7 @@ from tests.support.strategies import (
     structures,
 )
 from tests.support.tables import OPTIMIZERS, WITHOUT_EPS, of_degree
-from tests.support.trees import STEPS, assert_close, assert_same, gradient, signature, walk
+from tests.support.trees import LOSS, STEPS, assert_close, assert_same, gradient, signature, walk
 
 # XLA rounds a·b + c once or twice, depending on what is compiled together, so two ways to compile one step may
 # differ in the last bits. On numbers of one sign nothing cancels, and each of the few dozen operations of three
@@ -128,7 +128,7 @@ def test_updates_look_like_params_and_the_state_keeps_its_signature(tx, problem)
     fixed = signature(state)
     assert signature(jax.eval_shape(tx.init, params)) == fixed
     for step in range(STEPS):
-        updates, state = tx.update(gradient(gradients, step), state, params)
+        updates, state = tx.update(gradient(gradients, step), state, params, value=LOSS)
         assert signature(updates) == signature(params)
         assert signature(state) == fixed
 
@@ -141,7 +141,7 @@ def test_updates_come_in_the_dtypes_of_the_params(name, dtypes):
     assume(all(ours == jnp.complex64 or theirs != jnp.complex64 for ours, theirs in dtypes))
     params, grads = ([jnp.ones(2, pair[i]) for pair in dtypes] for i in range(2))
     tx = OPTIMIZERS[name]
-    assert signature(tx.update(grads, tx.init(params), params)[0]) == signature(params)
+    assert signature(tx.update(grads, tx.init(params), params, value=LOSS)[0]) == signature(params)
 
 
 # Finite in, finite out: magnitudes up to 1e37, because the heavy ball adds up to ten gradients

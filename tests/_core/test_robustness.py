@@ -23,7 +23,7 @@ from gradxform import catalog
 from gradxform._core.state import state_type
 from tests.support import chex
 from tests.support.tables import OPTIMIZERS, WITHOUT_EPS, examples
-from tests.support.trees import STEPS, assert_same, walk
+from tests.support.trees import LOSS, STEPS, assert_same, walk
 
 EVERY = OPTIMIZERS | WITHOUT_EPS
 CLIPS = {
@@ -56,7 +56,7 @@ def moments(state: Any) -> list[Any]:
 def test_the_last_count_is_as_good_as_any_late_one(name):
     tx, params = gx.chain(*CLIPS.values(), OPTIMIZERS[name]), jnp.zeros(2)
     last, late = (
-        tx.update(jnp.ones(2), tx.init(params)._replace(count=jnp.asarray(count, jnp.int32)), params)
+        tx.update(jnp.ones(2), tx.init(params)._replace(count=jnp.asarray(count, jnp.int32)), params, value=LOSS)
         for count in (2**31 - 1, 2**30)
     )
     assert last[1].count == 2**31 - 1
@@ -97,7 +97,7 @@ def test_what_is_not_finite_shows_as_far_as_its_clip_reaches(name, value):
     grads = {"a": jnp.asarray([1.0, value, 1.0]), "b": jnp.ones(3)}
     params, shown = zeros_like(grads), {}
     for key, clip in CLIPS.items():
-        updates, _ = gx.chain(clip, OPTIMIZERS[name]).update(grads, OPTIMIZERS[name].init(params), params)
+        updates, _ = gx.chain(clip, OPTIMIZERS[name]).update(grads, OPTIMIZERS[name].init(params), params, value=LOSS)
         shown[key] = "".join("?" if nan else "." for leaf in (updates["a"], updates["b"]) for nan in jnp.isnan(leaf))
     assert shown == {
         "clip_by_value": ".?...." if np.isnan(value) else "......",
@@ -140,9 +140,9 @@ def test_leaves_without_elements_take_part_and_change_nothing(name):
     tx = gx.chain(gx.clip_by_global_norm(1.0), WITH_STATE[name])
     empty = {"none": jnp.zeros((0,)), "rows": jnp.zeros((3, 0), jnp.bfloat16)}
     some = {"w": jnp.asarray([3.0, 4.0])}
-    nothing, _ = tx.update(empty, tx.init(empty), empty)
-    both, state = tx.update(empty | some, tx.init(empty | some), empty | some)
-    alone, _ = tx.update(some, tx.init(some), some)
+    nothing, _ = tx.update(empty, tx.init(empty), empty, value=LOSS)
+    both, state = tx.update(empty | some, tx.init(empty | some), empty | some, value=LOSS)
+    alone, _ = tx.update(some, tx.init(some), some, value=LOSS)
     assert_same((nothing, both), (empty, empty | alone))
     chex.assert_tree_all_finite(state)
 
@@ -265,15 +265,15 @@ def no_tracer_stays():
 def test_a_failed_call_changes_nothing(name):
     tx = gx.chain(gx.clip_by_global_norm(1.0), WITH_STATE[name])
     _, state = walk(tx, PARAMS, repeated(PARAMS))
-    before, expected = jax.tree.map(np.array, state), tx.update(PARAMS, state, PARAMS)
+    before, expected = jax.tree.map(np.array, state), tx.update(PARAMS, state, PARAMS, value=LOSS)
     compiled = jax.jit(tx.update, donate_argnums=1)
     for bad in BAD.values():
         for update in (tx.update, compiled):
             with pytest.raises((TypeError, ValueError), match="'b'"):
-                update(bad, state, PARAMS)
+                update(bad, state, PARAMS, value=LOSS)
     assert_same(jax.tree.map(jnp.asarray, before), state)
-    assert_same(tx.update(PARAMS, state, PARAMS), expected)
-    assert compiled(PARAMS, state, PARAMS)[1].count == 4
+    assert_same(tx.update(PARAMS, state, PARAMS, value=LOSS), expected)
+    assert compiled(PARAMS, state, PARAMS, value=LOSS)[1].count == 4
 
 
 @pytest.mark.parametrize("name", WITH_STATE)
@@ -283,8 +283,8 @@ def test_a_failed_compiled_call_leaks_no_tracer(name, no_tracer_stays):
     with jax.checking_leaks():
         for bad in BAD.values():
             with pytest.raises((TypeError, ValueError), match="'b'"):
-                jax.jit(tx.update)(bad, state, PARAMS)
-        jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+                jax.jit(tx.update)(bad, state, PARAMS, value=LOSS)
+        jax.eval_shape(tx.update, PARAMS, state, PARAMS, value=LOSS)
 
 
 @pytest.mark.parametrize("tx", FAILING.values(), ids=FAILING)

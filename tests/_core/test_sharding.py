@@ -24,6 +24,7 @@ import gradxform as gx
 from tests.support import chex
 from tests.support.eight_devices import judge, outcomes_of, report
 from tests.support.tables import ANY_LEAF, built, entry_of
+from tests.support.trees import LOSS
 
 CHECKS = {}
 
@@ -63,7 +64,7 @@ def loss(params, batch):
 
 def step_of(tx):
     def step(params, state, batch):
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params, value=LOSS)
         return gx.apply_updates(params, updates), state
 
     return step
@@ -396,7 +397,7 @@ def in_shards(tx, grads, params):
     def run(params, grads):
         def step(carry, _):
             params, state = carry
-            updates, state = tx.update(grads, state, params)
+            updates, state = tx.update(grads, state, params, value=LOSS)
             return (gx.apply_updates(params, updates), state), None
 
         return jax.lax.scan(step, (params, tx.init(params)), length=STEPS)[0][0]
@@ -407,7 +408,7 @@ def in_shards(tx, grads, params):
 def in_one(tx, grads, params):
     state = tx.init(params)
     for _ in range(STEPS):
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, value=LOSS)
         params = gx.apply_updates(params, updates)
     return params
 

@@ -42,6 +42,7 @@ OPTIMIZERS = {
         entry.function, **({"matrices": ".*kernel", "other": gx.adam(1e-3)} if entry.sees == "matrix" else {})
     )
     for entry in catalog.OPTIMIZERS
+    if next(iter(entry.arguments)) == "learning_rate"
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 

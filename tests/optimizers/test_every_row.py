@@ -15,7 +15,7 @@ import gradxform as gx
 from gradxform.catalog import SYMBOLS
 from tests.support import chex
 from tests.support.tables import EVERYTHING, built, draw_for, entry_of
-from tests.support.trees import assert_same, signature
+from tests.support.trees import LOSS, assert_same, signature
 
 pytestmark = pytest.mark.quick
 
@@ -32,8 +32,8 @@ def every_row_but(reason: str, *names: str) -> Any:
 
 def step(tx: Any, grads: Any, params: Any) -> Any:
     """A second step: what the first has remembered counts."""
-    params, state = gx.step(tx, params, tx.init(params), params)
-    return gx.step(tx, grads, state, params)
+    params, state = gx.step(tx, params, tx.init(params), params, value=LOSS)
+    return gx.step(tx, grads, state, params, value=LOSS)
 
 
 @every_row
@@ -43,10 +43,12 @@ def test_compiled_and_batched_steps_are_those_of_a_loop(text):
     for member in range(2):
         alone = step(tx, *(jax.tree.map(lambda leaf, member=member: leaf[member], tree) for tree in both))
         batched = jax.tree.map(lambda leaf, member=member: leaf[member], together)
-        # some dozen float32 roundings, of which Muon's products enlarge those of small singular values; or, where
-        # parameters are narrow, one number more or less of what they may be, and of its residual
+        # some dozen float32 roundings, of which Muon's products enlarge those of small singular values, and SOAP's
+        # eigenvectors those of eigenvalues near one another; or, where parameters are narrow, one number more or less
+        # of what they may be, and of its residual
         low_precision = batched[0]["kernel"].dtype == jnp.bfloat16
-        tolerance = 2**-7 if low_precision else 1e-4 if entry_of(text).sees == "matrix" else 2e-6
+        enlarged = entry_of(text).sees == "matrix" or "renewal" in entry_of(text).arguments
+        tolerance = 2**-7 if low_precision else 1e-4 if enlarged else 2e-6
         chex.assert_trees_all_close(batched, alone, rtol=tolerance, atol=tolerance)
 
 
@@ -56,7 +58,7 @@ def test_parameters_and_state_keep_their_signatures_in_both_precisions(text):
     for params in (draw_for(text, 1), jax.tree.map(jnp.bfloat16, draw_for(text, 1))):
         state = tx.init(params)
         assert signature(jax.eval_shape(tx.init, params)) == signature(state)
-        new_params, new_state = gx.step(tx, params, state, params)
+        new_params, new_state = gx.step(tx, params, state, params, value=LOSS)
         assert (signature(new_params), signature(new_state)) == (signature(params), signature(state))
 
 
@@ -104,7 +106,7 @@ def test_a_new_state_can_be_donated_and_binds_no_device(text):
 
 
 def step_in_place(tx: Any, params: Any, state: Any, grads: Any) -> Any:
-    return gx.step(tx, grads, state, params)
+    return gx.step(tx, grads, state, params, value=LOSS)
 
 
 @pytest.mark.once

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.once
 # went the same way, 7.4e-7 measured. In float64 2⁻⁵³ takes its place: 5.6e-15 and, measured, 5.6e-16.
 TOLERANCE = {"float32": 2e-6, "float64": 4e-15}
 # Muon's products multiply what was rounded off by up to 8, five times: float32 says little. Measured 1.2e-13.
+# The eigenvectors of SOAP are as good as their eigenvalues are apart: 3.0e-13.
 OF_MATRICES = 1e-12
 
 
@@ -43,6 +44,8 @@ NAMES = {"α": RATE, "falling": falling, "rising": rising}
 
 # Every row of the catalog that has a twin, and the options one by one
 WALKED = [text for text in EVERYTHING if (twin := TWINS.get(entry_of(text).name)) and data_of(twin)]
+# Where gradients are of no convex function, it divides by differences that are nothing but rounding.
+CONVEX = {"lbfgs"}
 MATRICES = [text for text in WALKED if entry_of(text).sees == "matrix"]
 OPTIONS = [
     "sgd(0.01)",
@@ -91,6 +94,42 @@ OPTIONS = [
     "normalize_by_rms(of=normalize_by_rss())",
     "normalize_by_rss(eps=0.0, eps_root=0.1, initial_accumulator_value=0.5)",
     "normalize_by_rss(of=scale_by_momentum(nesterov=True))",
+    "nadam(falling, b1=0.8, b2=0.99, eps=1e-3)",
+    "nadam(0.1, b1=0.8, b2=0.99, eps_root=1e-4, momentum_decay=0.1)",
+    "lion(falling, b1=0.5, b2=0.8, weight_decay=0.5)",
+    "lion(0.1, b1=rising, b2=rising, weight_decay=falling)",
+    "scale_by_momentum(0.99, blend=0.9)",
+    "scale_by_momentum(rising, blend=falling)",
+    "scale_by_momentum(0.9, nesterov=True, debias=True, momentum_decay=0.01)",
+    "adafactor(0.1)",
+    "adafactor(None, 2, decay_rate=1.0)",
+    "adafactor(falling, 2, 0.5, momentum=0.8, weight_decay_rate=0.01)",
+    "adafactor(0.1, 2, multiply_by_parameter_scale=False, clipping_threshold=None, eps=1e-3)",
+    "adafactor(0.1, 2, factored=False, weight_decay_rate=falling)",
+    "normalize_by_factored_rms(1.0, 0, 2, 1e-2)",
+    'normalize_by_factored_rms(rising, min_dim_size_to_factor=2, axes="last")',
+    "clip_by_leaf_rms(falling)",
+    "scale_by_param_rms(10.0)",
+    "scale_by_polyak(c, 1e-3, ε)",
+    'scale_by_polyak(2.0, variant="sps+")',
+    "polyak_sgd(1e-4, falling, c, eps=1e-3)",
+    "polyak_sgd(f_min=2.0)",
+    'polyak_sgd(f_min=2.0, variant="sps+")',
+    "prodigy(falling, 0.8, 0.99, eps=1e-3, d0=1e-3, d_coef=0.5)",
+    "prodigy(b3=0.9, weight_decay=0.1)",
+    "prodigy(rising, safeguard_warmup=True)",
+    "schedule_free(sgd(falling), falling)",
+    "schedule_free(momentum(0.1), 0.1, 0.5, 0.0)",
+    "schedule_free(adagrad(0.1), 0.1, b1=1.0)",
+    "schedule_free_sgd(0.01, warmup_steps=10, b1=0.8, weight_decay=0.1)",
+    "schedule_free_sgd(falling, weight_lr_power=1.0)",
+    "schedule_free_adamw(0.1, 5, weight_decay=0.1)",
+    "schedule_free_adamw(falling, b1=0.5, b2=0.9, eps=1e-3)",
+    "average_schedule_free(falling, 0.5, 1.0)",
+    "soap(falling, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5)",
+    "soap(0.1, every=3, shampoo_beta=0.5)",
+    'soap(0.1, every=4, renewal="eigh", max_size=3)',
+    "soap(0.1, every=2, eps=1e-3, kl=True)",
     "scale_by_adam(b1=0.8, b2=0.9, eps=1e-3, eps_root=1e-3, nesterov=True)",
     "clip_by_value(falling)",
     "clip_by_leaf_norm(1.5)",
@@ -100,12 +139,33 @@ OPTIONS = [
     "add_decoupled_weight_decay(falling)",
     "add_l2_regularization(falling)",
 ]
+LEAVES = [text for text in (*WALKED, *OPTIONS) if entry_of(text).sees == "leaf"]
+DOWNHILL = [
+    "prodigy(1.0, d0=0.01)",
+    "prodigy(0.5, 0.8, 0.9, d0=0.1, d_coef=0.5, weight_decay=0.1, safeguard_warmup=True)",
+    "lbfgs(α, memory_size=3)",
+    "lbfgs(0.3)",
+    "lbfgs(0.3, 1, scale_init_precond=False)",
+    "schedule_free(sgd(0.3), 0.3)",
+]
 COMPLEX = [
     "sgd(0.01, momentum=0.9)",
     "rmsprop(0.1)",
     "adam(0.1)",
     "adam_l2(0.1, weight_decay=0.5, nesterov=True)",
+    "nadam(0.1, momentum_decay=0.1)",
+    "lion(0.1)",
+    "adafactor(0.1)",
+    "polyak_sgd(1e-4)",
+    "prodigy(1.0, d0=0.1)",
+    "schedule_free_sgd(0.01)",
+    "soap(0.1)",
 ]
+
+
+def special(text: str) -> bool:
+    """Whether it wants a matrix, or gradients that belong together."""
+    return text in MATRICES or entry_of(text).name in CONVEX
 
 
 def ours_and_twins(text: str, theta: Any, gradients: Any) -> tuple[Any, Any]:
@@ -114,7 +174,8 @@ def ours_and_twins(text: str, theta: Any, gradients: Any) -> tuple[Any, Any]:
     What sees all leaves sees the array in two leaves, and comes to the same.
     """
     tx, data = evaluate(text, **NAMES), {"theta": theta, "gradients": gradients, "updates": gradients}
-    ours = {name: twins.as_tree(array) for name, array in data.items()} if entry_of(text).sees == "tree" else data
+    several = entry_of(text).sees == "tree" and theta.ndim == 1
+    ours = {name: twins.as_tree(array) for name, array in data.items()} if several else data
     if "gradients" in data_of(TWINS[entry_of(text).name]):
         path = twins.walk(tx, ours["theta"], ours["gradients"])
     else:
@@ -122,16 +183,41 @@ def ours_and_twins(text: str, theta: Any, gradients: Any) -> tuple[Any, Any]:
     return twins.as_array(path), twin_of(text, **NAMES)(**{name: wide(array) for name, array in data.items()})
 
 
-@pytest.mark.parametrize("text", dict.fromkeys([text for text in (*WALKED, *OPTIONS) if text not in MATRICES]))
+@pytest.mark.parametrize("text", dict.fromkeys(text for text in (*WALKED, *OPTIONS) if not special(text)))
 def test_it_walks_with_its_twin(text, dtype):
     assert_close(*ours_and_twins(text, *twins.example(dtype)), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("text", MATRICES)
+@pytest.mark.parametrize("text", dict.fromkeys([*MATRICES, *LEAVES]))
 def test_it_walks_with_its_twin_on_a_matrix(text):
     matrices = (twins.as_tree(array)["kernel"] for array in twins.example("float64"))
     with jax.enable_x64(True):
         assert_close(*ours_and_twins(text.replace(".*kernel", ""), *matrices), OF_MATRICES)
+
+
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x + 1j * np.flip(x)], ids=["real", "complex"])
+@pytest.mark.parametrize("text", DOWNHILL)
+def test_it_walks_down_a_parabola_with_its_twin(text, of, dtype):
+    """Gradients of one convex function, whose curvatures and distance are estimated: those that the twin meets."""
+    theta = of(twins.example(dtype)[0])
+    curvatures, path, gradients = np.exp(np.sin(theta.real)), [wide(theta)], []
+    for _ in range(30):
+        gradients.append((curvatures * path[-1]).astype(theta.dtype))
+        path = twin_of(text, **NAMES)(theta=wide(theta), gradients=wide(gradients))
+    assert np.abs(path[-1]).max() < 0.7 * np.abs(theta).max()
+    # inner products of differences, which are rounded too; measured 7.3e-7 and 3.6e-15
+    assert_close(*ours_and_twins(text, theta, np.array(gradients)), 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("text", ["lbfgs(0.1, 1)", "lbfgs(0.1, 3)"])
+def test_pairs_that_would_make_the_hessian_indefinite_are_left_out(text):
+    with jax.enable_x64(True):
+        theta, gradients = twins.example("float64")
+        path, expected = ours_and_twins(text, theta, gradients)
+        curvatures = np.sum(np.diff(expected[:-1], axis=0) * np.diff(gradients[1:], axis=0), axis=1)
+        assert 3 < np.sum(curvatures < 0) < 46
+        # it divides by curvatures that may be small beside their terms; measured 2e-15
+        assert_close(path, expected, 1e-13)
 
 
 @pytest.mark.parametrize("file", ELSEWHERE)

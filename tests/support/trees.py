@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from tests.support import chex
 
 STEPS = 3
+LOSS = 1.0
+"""The loss at every step, for those that read it: ``update(…, value=LOSS)``."""
 
 
 class Layer(NamedTuple):
@@ -25,10 +28,11 @@ def gradient(gradients: Any, step: int) -> Any:
 
 def walk(tx: Any, params: Any, gradients: Any, steps: int = STEPS, state: Any = None) -> tuple[list[Any], Any]:
     """Every update and the last state; parameters stay where they are."""
+    tx = optax.with_extra_args_support(tx)
     state = tx.init(params) if state is None else state
     updates = []
     for step in range(steps):
-        update, state = tx.update(gradient(gradients, step), state, params)
+        update, state = tx.update(gradient(gradients, step), state, params, value=LOSS)
         updates.append(update)
     return updates, state
 

@@ -18,6 +18,7 @@ DATA = ("theta", "gradients", "updates")
 # Those whose reference is no walk of one array are compared in files of their own.
 ELSEWHERE = {
     "wrappers/test_parity_guards.py": {"clip_by_average_norm", "clip_by_param_norm", "clip_by_zscore", "skip_spikes"},
+    "transforms/test_noise.py": {"add_noise", "noisy_sgd"},
     "wrappers/test_guards.py": {"skip_nonfinite"},
     "wrappers/test_observe.py": {"observe"},
     "optimizers/matrix/test_muon.py": {"orthogonalize"},

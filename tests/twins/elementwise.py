@@ -11,8 +11,10 @@ import math
 
 import jax
 import numpy as np
+import optax
 
 import gradxform as gx
+from tests.support.trees import LOSS
 
 
 def at(value, t):
@@ -139,14 +141,47 @@ def adamw(theta, gradients, learning_rate, b1=0.9, b2=0.999, eps=1e-8, eps_root=
     return np.array(path)
 
 
-def adam_direction(moments, g, t, b1, b2, eps, eps_root, nesterov):
+def nadam(theta, gradients, learning_rate, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, momentum_decay=None):
+    """Dozat 2016, algorithm 2: see `adam`, and `nesterov_weights` for the schedule of momenta."""
+    path, moments = [], (0.0, 0.0)
+    for t, g in enumerate(gradients, 1):
+        direction, moments = adam_direction(moments, g, t, b1, b2, eps, eps_root, True, momentum_decay)
+        theta = theta - at(learning_rate, t) * direction
+        path.append(theta)
+    return np.array(path)
+
+
+def lion(theta, gradients, learning_rate, b1=0.9, b2=0.99, weight_decay=1e-3):
+    """Chen et al. 2023, arXiv 2302.06675, algorithm 2."""
+    path, m = [], np.zeros_like(theta)
+    for t, g in enumerate(gradients, 1):
+        c = at(b1, t) * m + (1 - at(b1, t)) * g
+        theta = theta - at(learning_rate, t) * (np.sign(c) + at(weight_decay, t) * theta)
+        m = at(b2, t) * m + (1 - at(b2, t)) * g
+        path.append(theta)
+    return np.array(path)
+
+
+def nesterov_weights(beta, t, momentum_decay=None):
+    """What NAdam's m̂ = a·m + b·g weighs with; Dozat 2016, algorithm 2.
+
+    The momenta are μₜ = β₁(1 − ½·0.96^(tψ)), as section 3 proposes and torch has them; m itself is averaged with β₁.
+    """
+    if momentum_decay is None:
+        return beta / weight_sum(beta, t + 1), (1 - beta) / weight_sum(beta, t)
+    momenta = [beta * (1 - 0.5 * 0.96 ** (k * at(momentum_decay, t))) for k in range(1, t + 2)]
+    return momenta[t] / (1 - math.prod(momenta)), (1 - momenta[t - 1]) / (1 - math.prod(momenta[:t]))
+
+
+def adam_direction(moments, g, t, b1, b2, eps, eps_root, nesterov, momentum_decay=None):
     """m̂/(√v̂ + ε) and the new moments. Dozat's extra factor ν on v̂ is left out: v̂ is Kingma & Ba's."""
     (m, v), beta, gamma = moments, at(b1, t), at(b2, t)
     m = beta * m + (1 - beta) * g
     v = gamma * v + (1 - gamma) * np.abs(g) ** 2
     m_hat = m / weight_sum(beta, t)
     if nesterov:
-        m_hat = beta * m / weight_sum(beta, t + 1) + (1 - beta) * g / weight_sum(beta, t)
+        of_m, of_g = nesterov_weights(beta, t, momentum_decay)
+        m_hat = of_m * m + of_g * g
     v_hat = v / weight_sum(gamma, t)
     return quotient(m_hat, np.sqrt(v_hat + at(eps_root, t)) + at(eps, t)), (m, v)
 
@@ -162,11 +197,11 @@ def accumulate(theta, gradients, tx, every):
 # Transformations
 
 
-def scale_by_adam(updates, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=False):
-    """See `adam`: what α multiplies."""
+def scale_by_adam(updates, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=False, momentum_decay=None):
+    """See `adam` and `nadam`: what α multiplies."""
     results, moments = [], (0.0, 0.0)
     for t, u in enumerate(updates, 1):
-        direction, moments = adam_direction(moments, u, t, b1, b2, eps, eps_root, nesterov)
+        direction, moments = adam_direction(moments, u, t, b1, b2, eps, eps_root, nesterov, momentum_decay)
         results.append(direction)
     return np.array(results)
 
@@ -186,11 +221,22 @@ def scale_by_learning_rate(updates, learning_rate):
     return np.array([-at(learning_rate, t) * u for t, u in enumerate(updates, 1)])
 
 
-def scale_by_momentum(updates, decay=0.9, dampening=None, nesterov=False, debias=False):
-    """See `momentum`; see `sgd` with `dampening`; see `adam` with `debias`."""
+def scale_by_momentum(
+    updates, decay=0.9, dampening=None, nesterov=False, debias=False, blend=None, momentum_decay=None
+):
+    """See `momentum`; `sgd` with `dampening`; `adam` with `debias`; `lion` with `blend`; `nadam`."""
     results, m = [], np.zeros_like(updates[0])
     for t, u in enumerate(updates, 1):
         beta = at(decay, t)
+        if blend is not None:
+            results.append(at(blend, t) * m + (1 - at(blend, t)) * u)
+            m = beta * m + (1 - beta) * u
+            continue
+        if momentum_decay is not None:
+            m = beta * m + (1 - beta) * u
+            of_m, of_u = nesterov_weights(beta, t, momentum_decay)
+            results.append(of_m * m + of_u * u)
+            continue
         weight = 1 - beta if dampening is None else 1.0 if t == 1 else 1 - at(dampening, t)
         m = beta * m + weight * u
         now, after = (weight_sum(beta, t), weight_sum(beta, t + 1)) if debias else (1, 1)
@@ -228,6 +274,11 @@ def normalize_by_rss(updates, eps=1e-7, of=None, eps_root=0.0, initial_accumulat
         v = v + np.abs(u) ** 2
         results.append(quotient(numerator, np.sqrt(v + at(eps_root, t)) + at(eps, t)))
     return np.array(results)
+
+
+def scale_by_sign(updates):
+    """Bernstein et al. 2018, arXiv 1802.04434, algorithm 1; u/|u| for a complex u."""
+    return np.array([quotient(u, np.abs(u)) for u in updates])
 
 
 def add_decoupled_weight_decay(updates, theta, weight_decay=1e-4):
@@ -286,8 +337,9 @@ def as_array(tree):
     return np.concatenate([kernel.reshape(*kernel.shape[:-2], 12), bias], axis=-1)
 
 
-def walk(tx, params, gradients):
-    """The parameters after each step of an optimizer, stacked."""
+def walk(tx, params, gradients, curvatures=None):
+    """The parameters after each step of an optimizer, stacked; with curvatures c, ½·c·θ² is added to the loss."""
+    tx = optax.with_extra_args_support(tx)
 
     @jax.jit
     def path(params, gradients):
@@ -295,7 +347,9 @@ def walk(tx, params, gradients):
 
     def step(carry, gradient):
         params, state = carry
-        updates, state = tx.update(gradient, state, params)
+        if curvatures is not None:
+            gradient = jax.tree.map(lambda g, c, p: g + c * p, gradient, curvatures, params)
+        updates, state = tx.update(gradient, state, params, value=LOSS)
         params = gx.apply_updates(params, updates)
         return (params, state), params
 
@@ -304,6 +358,7 @@ def walk(tx, params, gradients):
 
 def transform(tx, updates, params=None):
     """What a transformation makes of each of the stacked updates."""
+    tx = optax.with_extra_args_support(tx)
 
     @jax.jit
     def results(updates):
@@ -311,7 +366,7 @@ def transform(tx, updates, params=None):
         return jax.lax.scan(step, tx.init(first if params is None else params), updates)[1]
 
     def step(state, update):
-        update, state = tx.update(update, state, params)
+        update, state = tx.update(update, state, params, value=LOSS)
         return state, update
 
     return jax.tree.map(np.asarray, results(updates))
