@@ -213,8 +213,8 @@ def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
             known, given = (
                 {name: value.astype(dtype) for name, value in values.items()} for values in (dynamic, extra)
             )
-            scalars = Scalars(number, seed, known, given)
-            return dataclasses.replace(scalars, prepared=one_array.prepare(rules, scalars))
+            asked = Scalars(number, seed, known, given, count=increment(count))
+            return dataclasses.replace(asked, prepared=one_array.prepare(rules, asked), count=None)
 
     return step_scalars
 
@@ -257,6 +257,8 @@ def gathered(rule: Rule) -> Callable[..., tuple[Scalars, dict[str, jax.Array], R
         with jax.numpy_dtype_promotion("standard"):
             remembered = {name: value.astype(dtype) for name, value in memory.items()}
             step = one_array.step_of(rule, scalars, scalars.prepared[0], remembered)
+            if rule.totals is not None:  # leaves of float32 beside some of float64 get what all of them add up to
+                numbers = in_dtype(dtype, numbers)
             gathered = _gathered(rule, numbers, step) if rule.gather else {}
             report = {name: jnp.asarray(gathered[name], np.float32) for name in rule.reports}
             new = {name: jnp.asarray(gathered[name], old.dtype) for name, old in memory.items()}

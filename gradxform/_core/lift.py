@@ -96,7 +96,8 @@ def lift(
       update: ``update(update, state, param, step)`` gives the new update, of the same shape, and the new
         state. ``param`` is None where the caller passed no params. ``step.number`` is 1 at the first
         update; ``step.<name>`` is the current value of an argument. ``step.keep``, see `Step`, saves memory.
-      prepare: ``prepare(step)`` gives scalars that are computed once per step, as further ``step.<name>``.
+      prepare: ``prepare(step)`` gives scalars that are computed once per step, as further ``step.<name>``. It also
+        finds the number of the step as int32, ``step.count``.
       measure: ``measure(update)`` gives scalars of one array, before `update` runs on any, as ``step.<name>``; or a
         `Measure`, which can also tell how those of a sharded array's parts make those of the whole.
       totals: ``totals(update, state, param, step)`` gives numbers or small arrays that are added up over all leaves
@@ -213,7 +214,7 @@ def lift(
     return Transformation.of(chain_of((rule,)))
 
 
-_STEP_NAMES = ("number", "at_most", "keep", "key")
+_STEP_NAMES = ("number", "count", "at_most", "keep", "key")
 
 
 def _check_names(rule: str, names: Sequence[str]) -> None:

@@ -27,6 +27,8 @@ class Scalars:
     extra: dict[str, Array] = dataclasses.field(default_factory=dict[str, Array])
     """The extra arguments of ``update`` that rules read."""
     prepared: tuple[dict[str, Any], ...] = ()
+    count: Array | None = None
+    """The number of the step as int32, for `prepare` alone."""
 
     def with_own(self, numbers: Own) -> Scalars:
         """The same with more for some of the rules: gathered of all leaves, measured of one, or its random key."""
@@ -161,6 +163,8 @@ def step_of(
     for name in rule.extra:
         if name in scalars.extra:  # not where parameters are only looked at
             arguments[name] = scalars.extra[name]
+    if scalars.count is not None:
+        arguments["count"] = scalars.count
     if rule.seed is not None and "key" in prepared:
         prepared["key"] = typed(prepared["key"])
     for name, value in rule.varying:

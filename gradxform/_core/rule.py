@@ -3,6 +3,7 @@
 A rule reads its hyperparameters, options and branches from ``step``:
 
     step.number      1 at the first update, a scalar of the arithmetic's dtype
+    step.count       the same as int32, right beyond 2²⁴, in `prepare` alone
     step.decay       the current value of the argument `decay`
     step.at_most     a bound on |u|, a float: infinity where none is known in advance
     step.of          a branch: ``direction, slots = step.of(update, state["of"], param)``

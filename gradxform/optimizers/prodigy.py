@@ -38,7 +38,7 @@ def prodigy(
     safeguard_warmup: bool = False,
     mask: MaskLike | None = None,
     *,
-    decay: Transformation | None = None,
+    then: Transformation | None = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> Transformation:
     """m ← β₁·m + (1 − β₁)·d·g,  v ← β₂·v + (1 − β₂)·(d·g)²,  θ ← θ − d·α̂·(m/(√v + d·ε) + λ·θ)
@@ -57,7 +57,7 @@ def prodigy(
       weight_decay: λ ≥ 0; see `add_decoupled_weight_decay`.
       safeguard_warmup: Leave α̂ out of s, so that the small rates of a long warmup do not drive d up.
       mask: Which leaves decay; see `add_decoupled_weight_decay`.
-      decay: A transformation of the direction m/(√v + d·ε) in place of ``weight_decay`` and ``mask``.
+      then: A transformation of the direction m/(√v + d·ε) in place of ``weight_decay`` and ``mask``.
       axis_name: See `clip_by_global_norm`.
 
     Returns:
@@ -98,7 +98,7 @@ def prodigy(
         eps=non_negative(eps),
         d0=positive(d0),
         d_coef=positive(d_coef),
-        decay=branch("decay", add_decoupled_weight_decay(weight_decay, mask) if decay is None else decay),
+        then=branch("then", add_decoupled_weight_decay(weight_decay, mask) if then is None else then),
         safeguard_warmup=flag("safeguard_warmup", safeguard_warmup),
     )
 
@@ -146,6 +146,6 @@ def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> t
     nu = step.keep("nu", lerp(state["nu"], abs_squared(scaled) + zero_if_finite(update), 1 - step.b2))
     sums = step.keep("gradient_sum", _sums(update, state, step, step.before))
     divisor = root(nu) + step.distance * step.eps
-    direction, decay = step.decay(mu / jnp.where(divisor == 0, 1, divisor), state["decay"], param)
-    new = {"mu": mu, "nu": nu, "gradient_sum": sums, "start": state["start"], "decay": decay}
+    direction, then = step.then(mu / jnp.where(divisor == 0, 1, divisor), state["then"], param)
+    new = {"mu": mu, "nu": nu, "gradient_sum": sums, "start": state["start"], "then": then}
     return -step.before * step.rate * direction, new

@@ -60,9 +60,10 @@ def scale_by_lbfgs(
         History(size),
         _combine,
         constructor=scale_by_lbfgs,
+        prepare=_places,
         totals=_products,
         gather=_coefficients,
-        memory={"steps_by_differences": np.zeros((size, size)), "differences": np.zeros((size, size))},
+        memory={"steps_by_differences": np.zeros((size, size)), "differences_by_differences": np.zeros((size, size))},
         needs_params=True,
         axis_name=axis_name,
         memory_size=size,
@@ -83,9 +84,9 @@ class History:
         return {**{name: Slot(array, axes, "kept") for name, array in pairs.items()}, **last}
 
 
-def _newest(step: Step) -> Any:
-    """The place of the pair that the last step gave; pairs are kept in a ring."""
-    return ((step.number - 2) % step.memory_size).astype(jnp.int32)
+def _places(step: Step) -> dict[str, Any]:
+    """Where the pair that the last step gave stands; pairs are kept in a ring."""
+    return {"newest": (step.count - 2) % step.memory_size}
 
 
 def _pair(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, Array]:
@@ -112,13 +113,13 @@ def _products(update: Array, state: RuleState, param: Array | None, step: Step) 
 
 def _coefficients(total: Any, step: Step) -> dict[str, Any]:
     """The coefficients of H·u, by the two loops of L-BFGS in the products of all vectors."""
-    newest, new = _newest(step), jnp.nan_to_num(total["of_new"], nan=0.0, posinf=0.0, neginf=0.0)
+    newest, new = step.newest, jnp.nan_to_num(total["of_new"], nan=0.0, posinf=0.0, neginf=0.0)
     of_steps, of_differences = (
         jnp.nan_to_num(total[name], nan=0.0, posinf=0.0, neginf=0.0).at[newest].set(new[row])
         for row, name in enumerate(("of_steps", "of_differences"))
     )
     # ⟨sᵢ, yⱼ⟩ and ⟨yᵢ, yⱼ⟩ with those of the new pair
-    known, squares_known = (x.astype(new.dtype) for x in (step.steps_by_differences, step.differences))
+    known, squares_known = (x.astype(new.dtype) for x in (step.steps_by_differences, step.differences_by_differences))
     crossed = known.at[newest].set(of_differences[:, 0]).at[:, newest].set(of_steps[:, 1])
     squares = squares_known.at[newest].set(of_differences[:, 1]).at[:, newest].set(of_differences[:, 1])
     curvature, square = jnp.diagonal(crossed), jnp.diagonal(squares)
@@ -140,7 +141,7 @@ def _coefficients(total: Any, step: Step) -> dict[str, Any]:
     weights = jax.lax.fori_loop(0, step.memory_size, forward, jnp.zeros_like(inverse))
     return {
         "steps_by_differences": crossed,
-        "differences": squares,
+        "differences_by_differences": squares,
         "scale": scale,
         "of_step": weights,
         "of_difference": -scale * alphas,
@@ -151,7 +152,7 @@ def _first_scale(taken: Array, scales: Array, size: Array, step: Step) -> Any:
     """γ: what H is before any pair is taken into it; that of the newest pair that is."""
     if not step.scale_init_precond:
         return jnp.ones_like(size)
-    from_newest = (_newest(step) - jnp.arange(step.memory_size)) % step.memory_size
+    from_newest = (step.newest - jnp.arange(step.memory_size)) % step.memory_size
     newest = from_newest[jnp.argmax(taken[from_newest])]
     return jnp.where(jnp.any(taken), scales[newest], jnp.minimum(1, 1 / jnp.where(size > 0, size, 1)))
 
@@ -160,7 +161,7 @@ def _combine(update: Array, state: RuleState, param: Array | None, step: Step) -
     # the products of the old pairs are known before one of them is overwritten (X4)
     pair = [after(step.scale, each) for each in _pair(update, state, param, step)]
     steps, differences = (
-        step.keep(name, jax.lax.dynamic_update_index_in_dim(state[name], new, _newest(step), 0))
+        step.keep(name, jax.lax.dynamic_update_index_in_dim(state[name], new, step.newest, 0))
         for name, new in zip(("steps", "differences"), pair, strict=True)
     )
     direction = step.scale * update

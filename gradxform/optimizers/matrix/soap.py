@@ -158,7 +158,8 @@ class Bases:
 
 def _corrections(step: Step) -> dict[str, Any]:
     ran = jnp.maximum(step.number - 1, 1)  # the first step makes no moments
-    return {"mu_factor": 1 / one_minus_power(step.b1, ran), "nu_factor": 1 / one_minus_power(step.b2, ran)}
+    factors = {"mu_factor": 1 / one_minus_power(step.b1, ran), "nu_factor": 1 / one_minus_power(step.b2, ran)}
+    return {**factors, "due": (step.count - 1) % step.every == 0}
 
 
 def _step(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:
@@ -217,8 +218,7 @@ def _renewed(update: Array, state: RuleState, nu: Array, step: Step) -> RuleStat
     def unchanged() -> tuple[dict[str, Array], Array]:
         return bases, nu
 
-    due = ((step.number - 1) % step.every == 0).astype(jnp.int32)
-    which = jnp.where(step.number == 1, 2, due if step.renewal == "qr" else 2 * due)
+    which = jnp.where(step.number == 1, 2, jnp.where(step.due, 1 if step.renewal == "qr" else 2, 0))
     bases, nu = jax.lax.switch(which, [unchanged, one_iteration, eigenbases])
     return {**new, "nu": nu, **{f"{side}_basis": basis for side, basis in bases.items()}}
 
