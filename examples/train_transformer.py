@@ -1,11 +1,13 @@
 """Flax NNX: a character-level transformer, and every step's gradient norm, clipping and update size in a picture.
 
-    python examples/train_transformer.py            # under two minutes on two CPU cores
-    python examples/train_transformer.py --quick    # forty steps
+    python examples/train_transformer.py                     # under two minutes on two CPU cores
+    python examples/train_transformer.py --quick             # forty steps
+    python examples/train_transformer.py --optimizer soap    # or one of eight others
 
 The text is Python's own help, `pydoc_data.topics`: nothing is downloaded. `observe` keeps the numbers of the last
 step in the optimizer's state and `metrics` reads them, here inside a compiled loop of twenty steps: the log is what
-the loop returns, one array per number.
+the loop returns, one array per number. All optimizers are trained by the same loop, which passes the loss for those
+that ask for it and evaluates what `eval_params` gives: averages, where the optimizer keeps them.
 """
 
 import argparse
@@ -34,7 +36,40 @@ import gradxform as gx
 from gradxform.wrappers.quantization import CODECS
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 2, 128, 4, 64, 16
-RATE, CLIP, LOOP = 3e-3, 1.0, 20  # the peak of the learning rate, the largest gradient norm, steps per compiled loop
+CLIP, LOOP = 1.0, 20  # the largest gradient norm, steps per compiled loop
+KERNELS = ".*kernel"  # what decays: the matrices that are products' factors, not the embedding, biases and scales
+HIDDEN = {  # the matrices of the blocks, for Muon; query, key and value are three in one
+    "blocks/.*/query_key_value/kernel": "in 3*out",
+    "blocks/.*/(attention_out|hidden|out)/kernel": "in out",
+}
+
+
+def adamw(rate):
+    """AdamW with the numbers that language models have."""
+    return gx.adamw(rate, b2=0.95, weight_decay=0.1, mask=KERNELS)
+
+
+# name: (learning rate, or its peak, what to make of a schedule of it)
+OPTIMIZERS = {
+    "adamw": (3e-3, adamw),
+    "lion": (1e-3, lambda rate: gx.lion(rate, weight_decay=0.3, mask=KERNELS)),
+    "nadam": (3e-3, lambda rate: gx.nadam(rate, b2=0.95)),
+    "adafactor": (0.1, lambda rate: gx.adafactor(rate)),
+    "prodigy": (1.0, lambda rate: gx.prodigy(rate)),
+    "schedule_free_adamw": (3e-3, lambda rate: gx.schedule_free_adamw(rate, b2=0.95, weight_decay=0.1)),
+    "soap": (3e-3, lambda rate: gx.soap(rate, weight_decay=0.1, mask=KERNELS)),
+    "muon": (3e-3, lambda rate: gx.muon(rate, HIDDEN, adamw(rate), scale="adam_rms", weight_decay=0.1)),
+    "noisy_sgd": (1.0, lambda rate: gx.noisy_sgd(rate, eta=1e-8)),
+    "polyak_sgd": (1.0, lambda rate: gx.polyak_sgd(rate)),
+}
+
+
+def transformation(name, rate, steps):
+    """Clip the gradient's norm, then an optimizer; its rate rises and falls to zero, if it is not free of schedules."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=steps // 20, decay_steps=steps)
+    if name == "schedule_free_adamw":
+        schedule = gx.live(rate)  # it stays what it is, and stands in the state for the log
+    return gx.chain(gx.clip_by_global_norm(CLIP), OPTIMIZERS[name][1](schedule))
 
 
 class Block(nnx.Module):
@@ -96,7 +131,7 @@ def train_steps(model, optimizer, batches):
     def step(carry, windows):
         model, optimizer = carry
         loss, grads = nnx.value_and_grad(loss_fn)(model, windows)
-        optimizer.update(model, grads)
+        optimizer.update(model, grads, value=loss)  # for optimizers that ask for it, such as polyak_sgd
         return carry, {"loss": loss, **gx.metrics(optimizer.opt_state)}
 
     _, log = step((model, optimizer), batches)
@@ -112,6 +147,13 @@ def write(model, window, key):
         return jnp.append(window[1:], character), character
 
     return jax.lax.scan(step, window, jax.random.split(key, 200))[1]
+
+
+def to_evaluate(model, optimizer):
+    """A copy of the model with the parameters to evaluate: those that are trained, or their averages."""
+    copy = nnx.clone(model)
+    nnx.update(copy, gx.eval_params(optimizer, model))
+    return copy
 
 
 def load():
@@ -134,7 +176,7 @@ def count_losses(training, validation, size):
 def train(model, optimizer, training, held_out, loops, random):
     """Train for `loops` loops: the log of all steps, rows of step and validation loss, the best seconds per step."""
     windows, evaluate = sliding_window_view(training, CONTEXT + 1), nnx.jit(loss_fn)
-    logs, validation, seconds = [], [(0, evaluate(model, held_out))], []
+    logs, validation, seconds = [], [(0, evaluate(to_evaluate(model, optimizer), held_out))], []
     progress = Progress("step", MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn())
     task = progress.add_task("", total=loops * LOOP)
     with Live(progress, transient=True) as live:
@@ -144,18 +186,23 @@ def train(model, optimizer, training, held_out, loops, random):
             logs.append(jax.device_get(train_steps(model, optimizer, batches)))
             seconds.append((time.perf_counter() - start) / LOOP)
             if loop % 5 == 0 or loop == loops:
-                validation.append((loop * LOOP, evaluate(model, held_out)))
+                validation.append((loop * LOOP, evaluate(to_evaluate(model, optimizer), held_out)))
             progress.advance(task, LOOP)
             live.update(Group(progress, last_step(logs[-1], validation[-1][1])))
     log = {name: np.concatenate([log[name] for log in logs]) for name in logs[0]}
     return log, np.array(validation), min(seconds)
 
 
+def rates(log):
+    """The learning rate of every step; for polyak_sgd the largest that it may take."""
+    return log.get("learning_rate", log.get("max_learning_rate"))
+
+
 def last_step(log, validation):
     """The numbers under the progress bar."""
     table = Table("loss", "validation loss", "learning rate", "gradient norm", "update / parameters", box=None)
-    loss, rate, norm, ratio = (log[name][-1] for name in ("loss", "learning_rate", "grad_norm", "update_ratio"))
-    table.add_row(f"{loss:.3f}", f"{validation:.3f}", f"{rate:.1e}", f"{norm:.2f}", f"{ratio:.1e}")
+    loss, norm, ratio = (log[name][-1] for name in ("loss", "grad_norm", "update_ratio"))
+    table.add_row(f"{loss:.3f}", f"{validation:.3f}", f"{rates(log)[-1]:.1e}", f"{norm:.2f}", f"{ratio:.1e}")
     return table
 
 
@@ -176,7 +223,7 @@ def draw(log, validation, bigram, path):
         loss.axhline(bigram, color=grey, ls="--", label="validation, by counts of pairs")
         loss.set(title="Loss, nats per character", xlim=(0, len(steps)))
         loss.legend(frameon=False)
-        rate.plot(steps, log["learning_rate"], color=blue, lw=2.5)
+        rate.plot(steps, rates(log), color=blue, lw=2.5)
         rate.set(title="Learning rate", ylim=0)
         norm.plot(steps, log["grad_norm"], color=blue, lw=1)
         norm.plot(steps[clipped], log["grad_norm"][clipped], **dots, ms=7, label="clipped")
@@ -198,6 +245,15 @@ def main():
     """Train, showing how it goes; then print what the model has learnt, and save the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help=f"rounded up to a multiple of {LOOP}")
+    names = ", ".join(f"{name} ({rate:g})" for name, (rate, _) in OPTIMIZERS.items())
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        metavar="NAME",
+        help=f"one of these, with the learning rate of each: {names}; lbfgs is not there, for it is for full batches",
+    )
+    parser.add_argument("--rate", type=float, help="the learning rate, or its peak, in place of the optimizer's own")
     parser.add_argument("--quick", action="store_true", help="forty steps, to see that it runs")
     parser.add_argument("--codec", choices=CODECS, help="keep the moments in few bits, as `quantize_state` does")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the picture")
@@ -209,17 +265,16 @@ def main():
     alphabet, training, validation = load()
     held_out = sliding_window_view(validation, CONTEXT + 1)[::CONTEXT]
     model = Transformer(len(alphabet), nnx.Rngs(options.seed))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, warmup_steps=steps // 20, decay_steps=steps)
-    adamw = gx.adamw(schedule, b2=0.95, weight_decay=0.1, mask=".*kernel")
+    rate = OPTIMIZERS[options.optimizer][0] if options.rate is None else options.rate
+    tx = transformation(options.optimizer, rate, steps)
     if options.codec:
-        adamw = gx.quantize_state(adamw, options.codec)
-    tx = gx.observe(gx.chain(gx.clip_by_global_norm(CLIP), adamw))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        tx = gx.quantize_state(tx, options.codec)
+    optimizer = nnx.Optimizer(model, gx.observe(tx), wrt=nnx.Param)
     random = np.random.default_rng(options.seed)
     log, losses, seconds = train(model, optimizer, training, held_out, loops, random)
 
     prompt = validation[:CONTEXT]
-    text = write(model, prompt, jax.random.key(options.seed))
+    text = write(to_evaluate(model, optimizer), prompt, jax.random.key(options.seed))
     shown = Text.assemble(("".join(alphabet[prompt]), "dim"), ("".join(alphabet[text]), "bold"))
     rich.print(Panel(shown, title=f"{CONTEXT} characters of the validation text, and {len(text)} of the model"))
     loss, (unigram, bigram) = losses[-1, 1], count_losses(training, validation, len(alphabet))

@@ -349,8 +349,9 @@ def slot_facts(rules: tuple[Rule, ...], shape: tuple[int, ...], dtype: np.dtype[
     facts: list[Slot] = []
 
     def asked(param: Any) -> list[Any]:
-        facts.extend(slots_in(one_array.slots(rules, param)))
-        return [slot.array for slot in facts]
+        made = slots_in(one_array.slots(rules, param))
+        facts.extend(dataclasses.replace(slot, array=None) for slot in made)  # a tracer must not be kept
+        return [slot.array for slot in made]
 
     shapes = jax.eval_shape(asked, jax.ShapeDtypeStruct(shape, trees.compute_dtype(dtype)))
     return tuple(dataclasses.replace(slot, array=aval) for slot, aval in zip(facts, shapes, strict=True))
