@@ -151,7 +151,7 @@ def test_in_a_group_and_beside_frozen_leaves_it_sees_its_own_leaves():
     updates, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
     frozen = gx.chain(gx.freeze("b"), alone)
-    updates, state = frozen.update(GRADS[0], frozen.init(PARAMS), PARAMS)
+    updates, _ = frozen.update(GRADS[0], frozen.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
     assert not np.any(updates["b"])
 
@@ -218,7 +218,7 @@ def test_it_is_compared_pickled_printed_and_described():
 def test_what_can_not_be_is_told():
     with pytest.raises(TypeError, match="when goes with beside"):
         gx.lift(None, lambda u, s, p, step: (u, s), when=lambda step: True)
-    with pytest.raises(TypeError, match="inner beside .* must be a transformation"):
+    with pytest.raises(TypeError, match=r"inner beside .* must be a transformation"):
         cautious(3)
     with pytest.raises(ValueError, match="'inner' is given twice"):
         gx.lift(None, lambda u, s, p, step: (u, s), beside={"inner": gx.sgd(0.1)}, inner=1.0)

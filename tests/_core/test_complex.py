@@ -6,6 +6,8 @@ with any transformation.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 
 import gradxform as gx
 from gradxform.catalog import evaluate
-from tests.support.tables import ANY_LEAF, OPTIMIZERS, counterparts
+from tests.support.tables import ANY_LEAF, OPTIMIZERS, counterparts, entry_of
 from tests.support.trees import LOSS, STEPS, assert_same, walk
 from tests.twins import elementwise as twins
 
@@ -48,19 +50,26 @@ def assert_near(path, their_path, bound):
 @every_optimizer
 def test_first_moments_are_complex_and_second_moments_real(name):
     state = OPTIMIZERS[name].init(PARAMS)
-    kinds = {field: getattr(state, field)["z"].dtype for field in state._fields[1:]}
-    assert kinds == {field: jnp.float32 if field == "nu" else jnp.complex64 for field in kinds}
+    of_leaves = [field for field in state._fields if isinstance(getattr(state, field), dict)]
+    kinds = {field: leaf.dtype for field in of_leaves if hasattr(leaf := getattr(state, field)["z"], "dtype")}
+    assert kinds == {field: jnp.float32 if field.startswith("nu") else jnp.complex64 for field in kinds}
 
 
 # By magnitudes, as optax
 
 
-@counterparts("optax", ANY_LEAF)
+# In optax the inner products of Prodigy and L-BFGS are complex, and are no lengths: so is a real leaf's update then.
+COMPLEX_IN_OPTAX = [entry for entry in ANY_LEAF if entry.name not in ("prodigy", "lbfgs")]
+
+
+@counterparts("optax", COMPLEX_IN_OPTAX)
 def test_same_walk_as_optax(entry, ours, theirs):
+    if entry.name == "adafactor":  # whose momentum is real in optax
+        ours, theirs = (call.replace("momentum=β, ", "") for call in (ours, theirs))
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # optax multiplies integer counts by floats
         path, their_path = (twins.walk(tx, *example("float64")) for tx in (evaluate(ours), evaluate(theirs, optax)))
-    # both round θ and the moments at each of twenty steps, by 2⁻⁵³
-    assert_near(path, their_path, 1e-14)
+    # both round θ and the moments at each of twenty steps, by 2⁻⁵³; optax keeps Adafactor's decay in float32
+    assert_near(path, their_path, 1e-6 if entry.name == "adafactor" else 1e-14)
 
 
 # By parts, as torch
@@ -83,10 +92,12 @@ def test_split_into_parts_each_part_is_a_leaf(name):
     def split(tree):
         return {"w": tree["w"], "x": tree["z"].real, "y": tree["z"].imag}
 
-    gradients = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), GRADS)
+    gradients, tx = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), GRADS), OPTIMIZERS[name]
+    # optax's wrapper hands on no extra argument
+    told = optax.GradientTransformation(tx.init, functools.partial(tx.update, value=LOSS))
     with jax.numpy_dtype_promotion("standard"):
-        whole, _ = walk(optax.contrib.split_real_and_imaginary(OPTIMIZERS[name]), PARAMS, gradients)
-    parts, _ = walk(OPTIMIZERS[name], split(PARAMS), split(gradients))
+        whole, _ = walk(optax.contrib.split_real_and_imaginary(told), PARAMS, gradients)
+    parts, _ = walk(tx, split(PARAMS), split(gradients))
     for update, expected in zip(whole, parts, strict=True):
         assert_same(split(update), expected)
 
@@ -180,8 +191,10 @@ def descend(tx, conjugate, steps):
 
 @every_optimizer
 def test_the_conjugate_of_jaxs_gradient_points_uphill(name):
-    # with the rate falling to zero, even steps that keep their length end nearer than one of them
-    tx = gx.chain(OPTIMIZERS[name], gx.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 400)))
+    tx = OPTIMIZERS[name]
+    if "schedule_free" not in name:
+        # with the rate falling to zero, even steps that keep their length end nearer than one of them
+        tx = gx.chain(tx, gx.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 400)))
     assert abs(descend(tx, jnp.conj, 400) - TARGET) < 1e-2
 
 
@@ -198,16 +211,19 @@ def test_jaxs_gradient_itself_does_not():
 def test_a_part_that_is_not_finite_shows(name, value):
     grads = jnp.asarray(np.array([[value, 1 + 1j]], np.complex64))
     (update,), _ = walk(OPTIMIZERS[name], jnp.zeros(2, jnp.complex64), grads, steps=1)
-    assert jnp.isfinite(update).tolist() == [False, True]
+    # Adafactor bounds the size of each leaf itself, which is unknown then
+    assert jnp.isfinite(update).tolist() == [False, "clipping_threshold" not in entry_of(name).arguments]
 
 
 @pytest.mark.parametrize("size", [1e14, 1e20, 1e37])
 @every_optimizer
 def test_huge_gradients_keep_their_phase(name, size):
     grads = jnp.asarray(size * np.exp(1j * np.array([0.3, 1.5, -3.0])), jnp.complex64)
-    (update,), _ = walk(OPTIMIZERS[name], jnp.zeros_like(grads), grads[None], steps=1)
-    turned = np.angle(np.asarray(update, complex) / -np.asarray(grads, complex))
-    assert np.abs(turned).max() < 1e-6  # a few roundings of 2⁻²⁴
+    # of so high a loss as gradients, for Polyak's steps are their quotient
+    updates, _ = walk(OPTIMIZERS[name], jnp.zeros_like(grads), jnp.stack([grads, grads]), steps=2, value=size)
+    for update in updates[1:] if entry_of(name).name == "soap" else updates:  # whose first step is 0
+        turned = np.angle(np.asarray(update, complex) / -np.asarray(grads, complex))
+        assert np.abs(turned).max() < 1e-6  # a few roundings of 2⁻²⁴
 
 
 @pytest.mark.parametrize("gradient", [jnp.float64, jnp.complex128])

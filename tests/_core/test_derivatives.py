@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gradxform as gx
-from tests.support.tables import OPTIMIZERS
+from tests.support.tables import OPTIMIZERS, entry_of
 from tests.support.trees import LOSS, assert_same
 
 pytestmark = pytest.mark.once
@@ -90,9 +90,14 @@ def test_the_learning_rate_of_clipped_steps_has_a_derivative():
     assert np.isclose(jax.grad(after)(0.1), -3.0)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+def smooth(name):
+    """Not Lion, for a sign has no derivative at 0; nor noise, beside which so small a gradient is lost."""
+    return entry_of(name).name != "lion" and "key" not in entry_of(name).arguments
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if smooth(name)])
 def test_the_derivative_of_a_step_where_gradients_are_zero_is_that_of_the_formula(name):
-    tx, width = OPTIMIZERS[name], 1e-14  # far below every ε
+    tx, width = OPTIMIZERS[name], 1e-20  # far below every ε, and the root of Adafactor's, which is 1e-15
     with jax.enable_x64(True):
 
         def moved(grad):

@@ -22,7 +22,7 @@ import gradxform as gx
 from gradxform import catalog
 from gradxform._core.state import state_type
 from tests.support import chex
-from tests.support.tables import OPTIMIZERS, WITHOUT_EPS, examples
+from tests.support.tables import OPTIMIZERS, WITHOUT_EPS, entry_of, examples
 from tests.support.trees import LOSS, STEPS, assert_same, walk
 
 EVERY = OPTIMIZERS | WITHOUT_EPS
@@ -33,6 +33,18 @@ CLIPS = {
 }
 WITH_STATE = OPTIMIZERS | {"accumulate": gx.accumulate(gx.adam(0.1), every=2)}
 every_optimizer = pytest.mark.parametrize("name", EVERY)
+
+
+def noisy(name: str) -> bool:
+    """Whether it adds noise: other numbers in every element, leaf and step."""
+    return "key" in entry_of(name).arguments
+
+
+def clips_leaves(name: str) -> bool:
+    """Whether it bounds the size of each leaf itself, so that an element moves all others of its leaf."""
+    return "clipping_threshold" in entry_of(name).arguments
+
+
 eager_and_compiled = pytest.mark.parametrize("transform", [lambda call: call, jax.jit], ids=["eager", "compiled"])
 
 
@@ -45,11 +57,15 @@ def zeros_like(tree: Any) -> Any:
 
 
 def moments(state: Any) -> list[Any]:
-    """All of a state but its counters."""
-    return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    """All of a state but its counters and single numbers, such as a mean loss or the largest rate so far."""
+    return [leaf for leaf in jax.tree.leaves(state) if leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 # Numbers
+
+
+# Adafactor forgets by a power of the count, noise fades with one, and L-BFGS writes its pairs around a ring.
+COUNTING = {"adafactor", "noisy_sgd", "lbfgs"}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -60,7 +76,9 @@ def test_the_last_count_is_as_good_as_any_late_one(name):
         for count in (2**31 - 1, 2**30)
     )
     assert last[1].count == 2**31 - 1
-    assert_same((last[0], last[1][1:]), (late[0], late[1][1:]))
+    chex.assert_tree_all_finite(last)
+    if entry_of(name).name not in COUNTING:
+        assert_same((last[0], last[1][1:]), (late[0], late[1][1:]))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -69,8 +87,10 @@ def test_zero_gradients_move_nothing_in_any_dtype(name):
         zero = {dtype: jnp.zeros(2, dtype) for dtype in ("float16", "bfloat16", "float32", "float64", "complex64")}
         tx = gx.chain(*CLIPS.values(), gx.accumulate(OPTIMIZERS[name], every=2))
         updates, state = walk(tx, zero, repeated(zero, steps=2), steps=2)
-        assert_same(updates, [zero, zero])
-        assert_same(moments(state), moments(tx.init(zero)))
+        if not noisy(name):
+            assert_same(updates, [zero, zero])
+        if entry_of(name).name != "adafactor":  # whose ε is among the squares
+            assert_same(moments(state), moments(tx.init(zero)))
 
 
 SIZES = [0.0, 1e-38, 1e-25, 1e-8, 0.19, 0.21, 300.0, 1e10, 1e20]
@@ -99,8 +119,9 @@ def test_what_is_not_finite_shows_as_far_as_its_clip_reaches(name, value):
     for key, clip in CLIPS.items():
         updates, _ = gx.chain(clip, OPTIMIZERS[name]).update(grads, OPTIMIZERS[name].init(params), params, value=LOSS)
         shown[key] = "".join("?" if nan else "." for leaf in (updates["a"], updates["b"]) for nan in jnp.isnan(leaf))
+    by_value = "???..." if clips_leaves(name) else ".?...."
     assert shown == {
-        "clip_by_value": ".?...." if np.isnan(value) else "......",
+        "clip_by_value": by_value if np.isnan(value) else "......",
         "clip_by_leaf_norm": "???...",
         "clip_by_global_norm": "??????",
     }
@@ -112,7 +133,12 @@ def test_what_is_not_finite_shows_as_far_as_its_clip_reaches(name, value):
 ELEMENTWISE = examples(entry for entry in (*catalog.OPTIMIZERS, *catalog.TRANSFORMATIONS) if entry.sees == "element")
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE | {name: EVERY[name] for name in WITHOUT_EPS})
+def alone(name: str) -> bool:
+    """Whether nothing else in a vector moves an element of it; Polyak's steps have the length of all gradients."""
+    return not (noisy(name) or clips_leaves(name) or entry_of(name).name == "polyak_sgd")
+
+
+@pytest.mark.parametrize("name", [name for name in ELEMENTWISE | WITHOUT_EPS if alone(name)])
 def test_an_element_gives_the_same_numbers_in_a_leaf_of_any_shape(name):
     tx = {**EVERY, **ELEMENTWISE}[name]
     random = np.random.default_rng(0)
@@ -142,8 +168,10 @@ def test_leaves_without_elements_take_part_and_change_nothing(name):
     some = {"w": jnp.asarray([3.0, 4.0])}
     nothing, _ = tx.update(empty, tx.init(empty), empty, value=LOSS)
     both, state = tx.update(empty | some, tx.init(empty | some), empty | some, value=LOSS)
-    alone, _ = tx.update(some, tx.init(some), some, value=LOSS)
-    assert_same((nothing, both), (empty, empty | alone))
+    without, _ = tx.update(some, tx.init(some), some, value=LOSS)
+    if noisy(name):  # which noise a leaf gets depends on how many are before it
+        without = {"w": both["w"]}
+    assert_same((nothing, both), (empty, empty | without))
     chex.assert_tree_all_finite(state)
 
 
@@ -157,8 +185,11 @@ def test_one_array_at_two_places_is_two_leaves(name):
     assert_same((updates, state), walk(tx, copies[0], repeated(copies[1])))
     donated = jax.jit(tx.update, donate_argnums=1)  # which refuses a buffer that is there twice
     for start in (tx.init(params), jax.jit(tx.init)(params), state):
-        update, _ = donated(grads, start, params)
-        assert_same(update["a"], update["b"][0])
+        update, _ = donated(grads, start, params, value=LOSS)
+        if noisy(name):
+            assert not jnp.any(update["a"] == update["b"][0])
+        else:
+            assert_same(update["a"], update["b"][0])
 
 
 # Trees

@@ -26,13 +26,15 @@ def gradient(gradients: Any, step: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[step], gradients)
 
 
-def walk(tx: Any, params: Any, gradients: Any, steps: int = STEPS, state: Any = None) -> tuple[list[Any], Any]:
+def walk(
+    tx: Any, params: Any, gradients: Any, steps: int = STEPS, state: Any = None, value: float = LOSS
+) -> tuple[list[Any], Any]:
     """Every update and the last state; parameters stay where they are."""
     tx = optax.with_extra_args_support(tx)
     state = tx.init(params) if state is None else state
     updates = []
     for step in range(steps):
-        update, state = tx.update(gradient(gradients, step), state, params, value=LOSS)
+        update, state = tx.update(gradient(gradients, step), state, params, value=value)
         updates.append(update)
     return updates, state
 
