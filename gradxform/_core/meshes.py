@@ -62,7 +62,8 @@ def beside(leaf: Any, slot: Any, axes: tuple[int | None, ...] | None, name: str)
     """
     if concrete(leaf):
         sharding = getattr(leaf, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or (axes is None and slot.shape != leaf.shape):
+        unlike = axes is None and slot.shape != leaf.shape
+        if not isinstance(sharding, NamedSharding) or unlike or isinstance(slot, jax.ShapeDtypeStruct):
             return slot
         return jax.device_put(slot, NamedSharding(sharding.mesh, spec_along(leaf, axes, slot.shape, name)))
     if axes is not None:  # an axis of blocks is shorter than the leaf's, and the compiler divides it as it likes

@@ -67,9 +67,13 @@ def _length(measured: Any, step: Step) -> dict[str, Any]:
     gap, size = step.value - step.f_min, norm(measured["norm"])
     gap = jnp.maximum(gap, 0) if step.variant == "sps+" else gap
     safe = jnp.where(size > 0, size, 1)
+    divisor = size + step.eps / safe
     # of the unit vector, for the square of a norm may overflow where the norm does not
-    length = jnp.minimum(gap / (safe + step.eps / safe), step.max_learning_rate * safe)
-    return {"size": safe, "length": jnp.where(size > 0, length, 0)}
+    length = jnp.minimum(gap / jnp.where(divisor > 0, divisor, 1), step.max_learning_rate * safe)
+    # gradients near 0 are multiplied by c if the loss is high, so 0 is too: the step has this derivative there
+    at_zero = jnp.where(gap > 0, step.max_learning_rate, 0)
+    length = jnp.where(divisor > 0, length, at_zero)
+    return {"size": safe, "length": jnp.where((size > 0) | jnp.isfinite(length), length, 0)}
 
 
 def _scale(update: Array, state: RuleState, param: Array | None, step: Step) -> tuple[Array, RuleState]:

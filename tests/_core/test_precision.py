@@ -36,6 +36,15 @@ LONGEST |= {f"{name[:-1]}, eps=0.0)": bound for name, bound in LONGEST.items()}
 
 EVERY = OPTIMIZERS | WITHOUT_EPS
 every_optimizer = pytest.mark.parametrize(("name", "tx"), EVERY.items(), ids=EVERY)
+# One factor for all gradients, by which those far below the largest may come to nothing.
+ONE_FACTOR = {"polyak_sgd", "lbfgs"}
+
+
+def noisy(name: str) -> bool:
+    """Whether it adds noise, which may lead uphill."""
+    return "key" in entry_of(name).arguments
+
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 
 
@@ -64,13 +73,17 @@ def test_steps_are_finite_bounded_and_downhill(name, tx, dtype):
         updates, state = walk(tx, params, np.stack([grads] * 3))
         chex.assert_tree_all_finite((updates, state))
         bound = LONGEST.get(name, np.inf) * RATE
-        for update in updates:
+        moving = 0.99 * np.abs(grads).max() if entry_of(name).name in ONE_FACTOR else 1e-9
+        for step, update in enumerate(updates):
             assert update.dtype == dtype
+            if noisy(name):
+                continue
             rounding = 8 * float(jnp.finfo(dtype).eps)  # from g to u there are about eight roundings
             assert (np.abs(in_double(update)) <= bound * (1 + rounding)).all()
             along = np.real(in_double(update) * np.conj(in_double(grads)))
             assert (along <= 0).all()
-            assert (along[np.abs(grads) > 1e-9] < 0).all()
+            if (entry_of(name).name, step) != ("soap", 0):  # which only makes its bases
+                assert (along[np.abs(grads) > moving] < 0).all()
             assert (np.asarray(update)[grads == 0] == 0).all()
 
 
@@ -86,11 +99,16 @@ def test_steps_without_eps_are_bounded_at_every_power_of_ten(name):
 # The state
 
 
+def floats(state: Any) -> list[Any]:
+    """All of a state but its counters and seeds."""
+    return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
 @every_dtype
 @every_optimizer
 def test_moments_are_at_least_float32(name, tx, dtype):
     with precision_of(dtype):
-        moments = jax.tree.leaves(tx.init(jnp.ones(2, dtype))[1:])
+        moments = floats(tx.init(jnp.ones(2, dtype)))
         wide = {jnp.float64: {np.float64}, jnp.complex64: {np.complex64, np.float32}}
         assert {leaf.dtype.type for leaf in moments} <= wide.get(dtype, {np.float32})
 
@@ -112,7 +130,8 @@ def test_state_dtype_is_the_dtype_of_every_moment_but_squares_have_no_room_in_fl
             built(NARROW[name], dtype=dtype)
         return
     updates, state = walk(built(NARROW[name], dtype=dtype), params, jnp.full((3, 2), 6e4))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state[1:])} == {jnp.dtype(dtype)}
+    # single numbers, such as the largest rate so far, take no room
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[1:]) if leaf.ndim} == {jnp.dtype(dtype)}
     assert {update.dtype for update in updates} == {jnp.dtype(jnp.float32)}
     chex.assert_tree_all_finite(updates)
 
@@ -206,13 +225,15 @@ def test_infinities_and_nan_are_shown(name, tx, value):
     gradients = jnp.asarray([[value, 1.0], [1.0, 1.0]])
     (update, _), _ = walk(tx, jnp.zeros(2), gradients, steps=2)
     assert not jnp.isfinite(update[0])
-    assert jnp.isfinite(update[1])
+    # Adafactor bounds the size of each leaf itself, which is unknown then
+    assert jnp.isfinite(update[1]) == ("clipping_threshold" not in entry_of(name).arguments)
 
 
 @every_optimizer
 def test_nan_stays_where_there_is_a_memory_of_it(name, tx):
-    (_, update), state = walk(tx, jnp.zeros(2), jnp.asarray([[np.nan, 1.0], [1.0, 1.0]]), steps=2)
-    assert jnp.isnan(update[0]) == (len(state) > 1)
+    # not in the first step, of which SOAP takes nothing but its bases
+    (*_, update), state = walk(tx, jnp.zeros(2), jnp.asarray([[1.0, 1.0], [np.nan, 1.0], [1.0, 1.0]]))
+    assert jnp.isnan(update[0]) == bool(floats(state))
 
 
 @pytest.mark.parametrize("clip", [gx.clip_by_value, gx.clip_by_leaf_norm, gx.clip_by_global_norm])
