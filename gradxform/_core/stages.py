@@ -79,7 +79,7 @@ class Groups:
             (stage, [group, *_]), (other, [other_group, *_]), *_ = shared
             raise ValueError(
                 f"by_path: {stage!r} in {self.table.label(group)!r} and {other!r} in {self.table.label(other_group)!r} "
-                "look at all leaves together; give both the same numbers, or let each group look at its own with joint_norm=False"
+                "look at all leaves together; give both the same numbers, or with joint_norm=False each its own leaves"
             )
         if all(stage.mask == own_part(stage.mask) for stage, _ in stages):
             return [self._within(stage, *indices) for stage, indices in shared]

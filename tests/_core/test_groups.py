@@ -656,10 +656,10 @@ def adamw() -> gx.Transformation:
         (
             lambda: gx.by_path({"a": clipped(1.0, 2.0)}, clipped(1.0)),
             ValueError,
-            r"clip_by_global_norm\(1.0\) in 'default' and clip_by_global_norm\(2.0\) in 'a' need one norm over all "
-            "leaves; give both the same numbers, or a norm per group with joint_norm=False",
+            r"clip_by_global_norm\(1.0\) in 'default' and clip_by_global_norm\(2.0\) in 'a' look at all leaves together"
+            "; give both the same numbers, or with joint_norm=False each its own leaves",
         ),
-        (lambda: gx.by_path({"a": {"max_norm": 2.0}}, clipped(1.0)), ValueError, "need one norm over all leaves"),
+        (lambda: gx.by_path({"a": {"max_norm": 2.0}}, clipped(1.0)), ValueError, "look at all leaves together"),
         (
             lambda: gx.by_path({"a": gx.accumulate(clipped(2.0), every=2)}, gx.skip_nonfinite(clipped(1.0))),
             ValueError,
@@ -669,7 +669,7 @@ def adamw() -> gx.Transformation:
         (
             lambda: gx.by_path({"a": clipped(1.0), "b": gx.clip_by_zscore()}),
             ValueError,
-            r"clip_by_global_norm\(1.0\) in 'a' and clip_by_zscore.* in 'b' need one norm",
+            r"clip_by_global_norm\(1.0\) in 'a' and clip_by_zscore.* in 'b' look at all leaves",
         ),
     ],
 )  # fmt: skip
