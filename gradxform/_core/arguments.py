@@ -110,20 +110,13 @@ def names(name: str, value: Any) -> tuple[str, ...]:
     return found
 
 
-def count_of(name: str, value: object) -> int:
-    """A whole number of at least 1, such as ``every=``."""
+def count_of(name: str, value: object, least: int = 1) -> int:
+    """A whole number of at least 1, such as ``every=``, or of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         hint = " (optax.inject_hyperparams: name it in static_args)" if isinstance(value, jax.Array) else ""
         raise TypeError(f"{name} must be a whole number, got {value!r}{hint}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
-def offset_of(name: str, value: object) -> int:
-    """A whole number of at least 0, such as ``step_offset=``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradxform._core.arguments import flag, float_dtype, offset_of
+from gradxform._core.arguments import count_of, flag, float_dtype
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, bound, fraction, non_negative
 from gradxform._core.lift import chain
@@ -69,7 +69,7 @@ def adafactor(
       >>> print(gx.describe(gx.adafactor(0.01), params, show=False).state_bytes)
       4100
     """
-    offset = offset_of("decay_offset", decay_offset)
+    offset = count_of("decay_offset", decay_offset, least=0)
     parts = [normalize_by_factored_rms(decay_rate, offset, min_dim_size_to_factor, eps, factored=factored)]
     if clipping_threshold is not None:
         parts.append(clip_by_leaf_rms(bound(clipping_threshold, "clipping_threshold")))

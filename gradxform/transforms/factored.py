@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradxform._core.arguments import count_of, flag, offset_of, one_of, square_dtype
+from gradxform._core.arguments import count_of, flag, one_of, square_dtype
 from gradxform._core.body import Transformation
 from gradxform._core.hyperparameters import Numeric, non_negative, positive
 from gradxform._core.lift import lift
@@ -67,7 +67,7 @@ def normalize_by_factored_rms(
         slots=("nu", "nu_row", "nu_col"),
         whole=True,
         decay_rate=positive(decay_rate),
-        step_offset=offset_of("step_offset", step_offset),
+        step_offset=count_of("step_offset", step_offset, least=0),
         min_dim_size_to_factor=size,
         eps=non_negative(eps),
         factored=factored,
