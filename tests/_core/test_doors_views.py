@@ -262,7 +262,9 @@ def test_two_views_in_one_chain_are_refused():
 
 
 @pytest.mark.parametrize(
-    "tx", [gx.adamw(0.1), gx.accumulate(optax.adam(0.1), 2), optax.sgd(0.1), gx.chain(dog(), factored())], ids=repr
+    "tx",
+    [gx.adamw(0.1), gx.accumulate(optax.adam(0.1), 2), optax.sgd(0.1), gx.chain(dog(), factored())],
+    ids=["ours", "accumulated", "optax", "own"],
 )
 def test_without_a_view_it_is_the_parameters(tx):
     assert gx.eval_params(tx, tx.init(PARAMS), PARAMS) is PARAMS
