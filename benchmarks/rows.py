@@ -391,7 +391,8 @@ def optimizers(preset: Preset) -> list[Case]:
         goals = [Goal(STEP, 1.05), Goal(ABOVE, TINY, "gradxform", None)]
         if name not in ("lbfgs", "noisy_sgd"):  # the last parameters are kept; the random numbers are written out
             goals.append(Goal(COPIES, 0, "gradxform", None))
-        checked = 0 if name == "noisy_sgd" else 3  # each draws numbers of its own
+        # each draws numbers of its own; and gradients that never change have no curvature, which each fills in its way
+        checked = 0 if name in ("noisy_sgd", "lbfgs") else 3
         case = Case(f"{name}, {where}", shapes, contenders, tuple(goals), checked=checked, elementwise=False)
         found.append(dataclasses.replace(case, moments_within=None))
     return found
@@ -415,7 +416,7 @@ def soap(count: int, rows: int, columns: int) -> Case:
         (),
         (outsider,) if has_soap() else (),
         rounds=5,
-        checked=10,
+        checked=0,  # gradients that never change leave the bases open; the tests compare both on others
         params_within=2e-2,
         elementwise=False,
         moments_within=None,

@@ -62,7 +62,7 @@ def beside(leaf: Any, slot: Any, axes: tuple[int | None, ...] | None, name: str)
     """
     if concrete(leaf):
         sharding = getattr(leaf, "sharding", None)
-        unlike = axes is None and slot.shape != leaf.shape
+        unlike = axes is None and slot.shape != jnp.shape(leaf)  # of a Python number, too
         if not isinstance(sharding, NamedSharding) or unlike or isinstance(slot, jax.ShapeDtypeStruct):
             return slot
         return jax.device_put(slot, NamedSharding(sharding.mesh, spec_along(leaf, axes, slot.shape, name)))

@@ -52,7 +52,7 @@ STAGES = (
     gx.normalize_by_rms(0.9, centered=True),
     gx.accumulate(gx.momentum(0.1), every=2),
     optax.add_decayed_weights(0.1),
-    *OPTIMIZERS.values(),
+    *(tx for tx in OPTIMIZERS.values() if not tx.body.last),  # what must be last takes no other place
 )
 
 

@@ -430,13 +430,13 @@ def test_the_loss_may_be_any_real_scalar(value):
 @pytest.mark.parametrize(
     ("extra_args", "kind", "message"),
     [
-        ({}, TypeError, "value=loss.*no extra argument"),
-        ({"vlaue": 1.0, "other": 2}, TypeError, "value=loss.*vlaue, other"),
+        ({}, TypeError, "value=….*no extra argument"),
+        ({"vlaue": 1.0, "other": 2}, TypeError, "value=….*vlaue, other"),
         ({"value": None}, TypeError, "value must be .* real .*None"),
         ({"value": "1.0"}, TypeError, "value must be .* real .*str"),
         ({"value": True}, TypeError, "value must be .* real .*bool"),
         ({"value": 1j}, TypeError, "value must be .* real .*complex"),
-        ({"value": jnp.ones(1)}, ValueError, r"value must be a scalar, got shape \(1,\)"),
+        ({"value": jnp.ones(1)}, ValueError, r"value must be a scalar, .*, got shape \(1,\)"),
     ],
     ids=["missing", "misspelt", "None", "str", "bool", "complex", "vector"],
 )
