@@ -11,11 +11,11 @@ import numpy as np
 from gradxform._core import one_array
 from gradxform._core.call import Call, Report
 from gradxform._core.compiled import prepared
-from gradxform._core.encoded import decoded
 from gradxform._core.leaves import Leaves, masked
 from gradxform._core.one_array import Own
 from gradxform._core.plan import TreePlan
 from gradxform._core.rule import Rule
+from gradxform._core.values import changing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,9 @@ class BesidePass:
         call: Call,
     ) -> tuple[list[Own], dict[str, Any], Report]:
         """What the rule gets of it for each leaf, the new states, and what they tell."""
-        given = [leaf.update for leaf in leaves.leaves]
-        updates = masked(plan.sees, leaves.structure.unflatten(given), given, leaves.structure)
-        params = None
-        if leaves.has_params:
-            each = [decoded(leaf.param) for leaf in leaves.leaves]
-            params = masked(plan.sees, leaves.structure.unflatten(each), each, leaves.structure)
+        updates, params = leaves.seen(plan.sees)
         asked = call.but(wants="updates", accepted=self._accepted(state, values, extra, call))
-        beside: list[dict[str, Any]] = [{} for _ in given]
+        beside: list[dict[str, Any]] = [{} for _ in leaves.leaves]
         fields: dict[str, Any] = {}
         told: Report = {}
         for field, (name, body) in zip(self.fields, self.rule.beside, strict=True):
@@ -69,8 +64,7 @@ class BesidePass:
         """Whether the transformations take a step; else their states stay, and their updates are 0."""
         if self.rule.when is None:
             return call.accepted
-        changing = {name: value for name, value in values.items() if not isinstance(value, float)}
-        scalars = prepared((self.rule,))(np.dtype(np.float32), state.count, changing, extra)
+        scalars = prepared((self.rule,))(np.dtype(np.float32), state.count, changing(values), extra)
         try:
             return call.also(self.rule.when(one_array.step_of(self.rule, scalars, scalars.prepared[0])))
         except Exception as error:

@@ -208,12 +208,12 @@ def prepared(rules: tuple[Rule, ...]) -> Callable[..., Scalars]:
     @functools.partial(jax.jit, static_argnums=0)
     def step_scalars(dtype: Any, count: Any, dynamic: Mapping[str, Any], extra: Mapping[str, Any]) -> Scalars:
         with jax.numpy_dtype_promotion("standard"):
-            number = increment(count).astype(dtype)
+            now = increment(count)
             seed = rounding.mix(jnp.asarray(count).astype(np.uint32)) if narrow else None
             known, given = (
                 {name: value.astype(dtype) for name, value in values.items()} for values in (dynamic, extra)
             )
-            asked = Scalars(number, seed, known, given, count=increment(count))
+            asked = Scalars(now.astype(dtype), seed, known, given, count=now)
             return dataclasses.replace(asked, prepared=one_array.prepare(rules, asked), count=None)
 
     return step_scalars

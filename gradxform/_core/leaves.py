@@ -13,7 +13,7 @@ import optax
 
 from gradxform._core import meshes, trees
 from gradxform._core.compiled import moved
-from gradxform._core.encoded import EncodedParam
+from gradxform._core.encoded import EncodedParam, decoded
 from gradxform._core.explain import OTHER_PARAMETERS
 from gradxform.numerics import arithmetic as numerics
 
@@ -68,6 +68,18 @@ class Leaves:
         facts = _facts(structure, trees.avals(used), param_avals)
         pairs = zip(used, params_given, facts, strict=True)
         return cls(structure, [Leaf(update, param, *fact) for update, param, fact in pairs], given, params is not None)
+
+    def seen(self, sees: Sequence[bool], encoded: bool = False) -> tuple[Any, Any]:
+        """The trees of updates and parameters for what sees some of the leaves; a hole for each that it does not.
+
+        Parameters are decoded unless they are asked for `encoded`; None in their place where the step has none.
+        """
+        updates = [leaf.update for leaf in self.leaves]
+        params = [leaf.param if encoded else decoded(leaf.param) for leaf in self.leaves] if self.has_params else None
+        given = masked(sees, self.structure.unflatten(updates), updates, self.structure)
+        if params is None:
+            return given, None
+        return given, masked(sees, self.structure.unflatten(params), params, self.structure)
 
     def updated(self, updates: Sequence[Any]) -> Leaves:
         """The same leaves with other updates."""

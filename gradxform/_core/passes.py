@@ -29,7 +29,7 @@ from gradxform._core.compiled import (
     slots_in,
     viewed,
 )
-from gradxform._core.encoded import EncodedMoment, EncodedParam, arrays_of, decoded
+from gradxform._core.encoded import EncodedMoment, EncodedParam, arrays_of
 from gradxform._core.inventory import Role
 from gradxform._core.keys import Seed, leaf_keys, of_shards
 from gradxform._core.leaves import HOLE, Leaf, Leaves, column, masked, widened
@@ -39,6 +39,7 @@ from gradxform._core.plan import LeafPlan, TreePlan, opened
 from gradxform._core.rule import NOTHING, Rule
 from gradxform._core.stages import TreeStage
 from gradxform._core.totals import plain, total_of_leaves
+from gradxform._core.values import changing
 from gradxform.numerics import arithmetic as numerics
 
 
@@ -171,7 +172,7 @@ class RulePass:
             if any(rule.view is not None for rule in plan.rules):
                 dtype, final = trees.compute_dtype(trees.dtype_of(param)), trees.dtype_of(param)
                 own = tuple([memory if place == 0 else {} for place in range(len(plan.rules))])
-                scalars = Scalars(state.count, None, dict(_changing(values)), {}, own)
+                scalars = Scalars(state.count, None, changing(values), {}, own)
                 scalars = in_dtype(numerics.real_dtype(dtype), scalars)
                 try:
                     seen[i] = viewed(plan.rules)(dtype, final, scalars, opened(plan, slots[i]), param)
@@ -252,7 +253,7 @@ class RulePass:
         """This step's numbers for each dtype of arithmetic and of each leaf, what is remembered, and the report."""
         first = self.rules[0]
         own: list[Own] = [{}] * len(plans)
-        dynamic = _changing(values)
+        dynamic = changing(values)
         dtypes = {leaf.arithmetic for leaf in leaves.leaves if leaf.update is not None} or {np.dtype(np.float32)}
         scalars = {
             dtype: prepared(self.rules)(numerics.real_dtype(dtype), state.count, dynamic, extra)
@@ -293,11 +294,6 @@ class RulePass:
                     drawn = of_shards(key, leaf.update, self.rules[place].axis_name)
                     with_keys[i] = {**with_keys[i], place: {**with_keys[i].get(place, {}), "key": drawn}}
         return with_keys
-
-
-def _changing(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are no Python numbers."""
-    return {name: value for name, value in values.items() if not isinstance(value, float)}
 
 
 _LARGEST_BATCHED = 1 << 20
@@ -376,12 +372,7 @@ class TreePass:
         """The stage on the trees of the leaves that it sees, with holes in place of the others."""
         lands = all(end for act, end in zip(plan.acts, plan.ends, strict=True) if act)
         asked = call if lands else call.but(wants="updates")
-        given = [leaf.update for leaf in leaves.leaves]
-        updates = masked(plan.sees, leaves.structure.unflatten(given), given, leaves.structure)
-        params = None
-        if leaves.has_params:
-            each = [leaf.param if lands else decoded(leaf.param) for leaf in leaves.leaves]
-            params = masked(plan.sees, leaves.structure.unflatten(each), each, leaves.structure)
+        updates, params = leaves.seen(plan.sees, encoded=lands)
         new, new_state, report = self.stage.body.step(updates, getattr(state, self.field), params, asked)
         results = leaves.structure.flatten_up_to(new)
         for i, leaf in enumerate(leaves.leaves):

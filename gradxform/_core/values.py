@@ -62,6 +62,11 @@ def evaluate(keyed: Mapping[str, Hyperparameter], stored: Mapping[str, jax.Array
     return {key: value_of(parameter) for key, parameter in keyed.items()}
 
 
+def changing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are no Python numbers."""
+    return {name: value for name, value in values.items() if not isinstance(value, float)}
+
+
 def scheduled(name: str, schedule: Schedule, count: Any) -> float | jax.Array:
     """The value of a schedule, checked; `name` is what messages call it."""
     try:
